@@ -1,0 +1,1 @@
+"""Where tensors live: bounds, the exact planner, baselines, verifier and executor."""

@@ -1,0 +1,160 @@
+"""Plans: the order of the operators, where each tensor lies and when, and what crosses the chip's edge.
+
+Time is a sequence of steps, one operator a step. A residency ``[start, end)`` keeps a tensor at one
+address from step ``start`` to step ``end - 1``. A transfer of step ``t`` happens before the operator of
+step ``t`` runs (step ``len(order)``: after the last); at one step, writes happen before reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from retensor.graph.structure import Graph
+from retensor.units import parse_size
+
+TransferKind = Literal["load", "store", "spill", "retrieve"]
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """A chip with a software-managed scratchpad.
+
+    Parameters
+    ----------
+    scratchpad : int or str
+        Bytes, or a size: ``"2MiB"``, ``"512KB"``, ``"M_R"``, ``"1.2*M_R"`` (relative to the graph planned).
+    alignment : int
+        Every address is a multiple of it; in bytes.
+    name : str, optional
+
+    Examples
+    --------
+    >>> Accelerator(scratchpad="2MiB").scratchpad
+    '2MiB'
+    """
+
+    scratchpad: int | str
+    alignment: int = 1
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.alignment, bool) or not isinstance(self.alignment, int):
+            raise TypeError(f"alignment is an int, not {type(self.alignment).__name__}")
+        if not 1 <= self.alignment <= 2**30:
+            raise ValueError(f"alignment is a number of bytes from 1 to 2**30, not {self.alignment}")
+        # A relative size is resolved against a graph later; anything else is checked now.
+        parse_size(self.scratchpad, {"M_R": 1, "M_P": 1, "M_H": 1})
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """A tensor at one address from step ``start`` up to, not including, step ``end``."""
+
+    tensor: str
+    start: int
+    end: int
+    address: int
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """Bytes that cross the chip's edge before step ``step``.
+
+    ``load``: the first read of an input or parameter. ``store``: the one write of a network output.
+    Both are compulsory. ``spill``: a write of any other tensor. ``retrieve``: a read of something
+    that was in the scratchpad before. Both are not compulsory.
+    """
+
+    tensor: str
+    kind: TransferKind
+    step: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A complete plan and what was proved of it.
+
+    Attributes
+    ----------
+    graph_name, graph_digest : str
+    graph_options : mapping
+        How the graph was loaded, so that the same graph can be loaded again.
+    scratchpad_bytes, alignment : int
+    parameters : bool
+        Whether parameters lie in the scratchpad too.
+    order : tuple of str
+        Operator names, one a step.
+    residencies : tuple of Residency
+    transfers : tuple of Transfer
+    bound_bytes : int
+        A proved lower bound of the non-compulsory bytes of any plan (for the fixed order, where
+        ``fixed_order``).
+    solver : str
+    seconds : float
+    fixed_order : bool
+        Whether the order was given rather than chosen.
+    """
+
+    graph_name: str
+    graph_digest: str
+    scratchpad_bytes: int
+    alignment: int
+    parameters: bool
+    order: tuple[str, ...]
+    residencies: tuple[Residency, ...]
+    transfers: tuple[Transfer, ...]
+    bound_bytes: int
+    solver: str
+    seconds: float
+    fixed_order: bool = False
+    graph_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def compulsory_bytes(self) -> int:
+        """Bytes of first loads and of stores."""
+        return sum(t.nbytes for t in self.transfers if t.kind in ("load", "store"))
+
+    @property
+    def non_compulsory_bytes(self) -> int:
+        """Bytes of spills and retrieves: what planning minimises."""
+        return sum(t.nbytes for t in self.transfers if t.kind in ("spill", "retrieve"))
+
+    @property
+    def gap(self) -> float:
+        """``(non_compulsory - bound) / non_compulsory``; 0 where the plan is proved optimal."""
+        traffic = self.non_compulsory_bytes
+        return 0.0 if traffic <= self.bound_bytes else (traffic - self.bound_bytes) / traffic
+
+    @property
+    def status(self) -> Literal["optimal", "feasible"]:
+        """``optimal`` where the bound meets the traffic."""
+        return "optimal" if self.non_compulsory_bytes <= self.bound_bytes else "feasible"
+
+
+def transfers_of(graph: Graph, order: tuple[str, ...], residencies: tuple[Residency, ...]) -> tuple[Transfer, ...]:
+    """The transfers that a set of residencies implies, writes as early as the first residency ends."""
+    step_of = {name: step for step, name in enumerate(order)}
+    by_tensor: dict[str, list[Residency]] = {}
+    for residency in residencies:
+        by_tensor.setdefault(residency.tensor, []).append(residency)
+    outputs = set(graph.outputs)
+    transfers: list[Transfer] = []
+    for name, stays in by_tensor.items():
+        tensor = graph.tensors[name]
+        stays.sort(key=lambda residency: residency.start)
+        made_here = tensor.role == "activation"
+        if not made_here:
+            transfers.append(Transfer(name, "load", stays[0].start, tensor.nbytes))
+        elif name in outputs:
+            transfers.append(Transfer(name, "store", stays[0].end, tensor.nbytes))
+        elif len(stays) > 1:
+            transfers.append(Transfer(name, "spill", stays[0].end, tensor.nbytes))
+        if made_here and stays[0].start != step_of[graph.operators[graph.producer[name]].name]:
+            raise AssertionError(f"first residency of '{name}' does not start at its producer")
+        transfers += [Transfer(name, "retrieve", stay.start, tensor.nbytes) for stay in stays[1:]]
+    # At one step writes come before reads, so that a retrieve may follow its own spill.
+    transfers.sort(key=lambda t: (t.step, t.kind in ("load", "retrieve"), t.tensor))
+    return tuple(transfers)
