@@ -1,0 +1,50 @@
+"""The commands, put together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from retensor import __version__
+from retensor.cli.bounds import bounds
+from retensor.cli.check import run, verify
+from retensor.cli.compare import compare
+from retensor.cli.graph import graph
+from retensor.cli.plan import plan
+from retensor.cli.sweep import sweep
+
+app = typer.Typer(
+    name="retensor",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"retensor {__version__}")
+        raise typer.Exit()
+
+
+@app.callback(invoke_without_command=True, epilog="Example: retensor plan densenet121 --scratchpad M_R -o plan.json")
+def retensor(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Plan where every tensor of a network lives in an accelerator's scratchpad; prove, check and run the plan."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+app.command(epilog="Example: retensor bounds densenet121 --weights")(bounds)
+app.command(epilog="Example: retensor plan model.onnx --scratchpad 2MiB -o plan.json --report report.html")(plan)
+app.command(epilog="Example: retensor verify plan.json model.onnx")(verify)
+app.command(epilog="Example: retensor run plan.json model.onnx --seed 1")(run)
+app.command(epilog="Example: retensor compare densenet121 --scratchpad M_R")(compare)
+app.command(epilog="Example: retensor sweep squeezenet --points 5 --picture sweep.svg")(sweep)
+app.command(epilog="Example: retensor graph model.onnx --input image=1x3x224x224 -o graph.json")(graph)

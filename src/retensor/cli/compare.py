@@ -1,0 +1,173 @@
+"""``retensor compare``: COSMA's plan beside the four baselines of the paper, at one scratchpad."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from retensor.cli.arguments import (
+    Alignment,
+    Dtype,
+    Fuse,
+    InPlace,
+    Input,
+    Json,
+    Model,
+    Scratchpad,
+    Seed,
+    TimeLimit,
+    Weights,
+    check_time_limit,
+    load_model,
+)
+from retensor.cli.output import (
+    describe_graph,
+    describe_merges,
+    exact_bytes,
+    graph_counts,
+    percent,
+    print_json,
+    print_lines,
+    print_table,
+)
+from retensor.cli.watch import watch
+
+if TYPE_CHECKING:
+    from retensor.graph.structure import Graph
+    from retensor.planning import Bounds
+    from retensor.planning.plan import Accelerator, Plan
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The baselines' plans, by name, and the bounds whose schedule two of them follow."""
+
+    baselines: Sequence[tuple[str, Plan]]
+    bounds: Bounds
+
+
+def compare(
+    model: Model,
+    scratchpad: Scratchpad = "M_R",
+    weights: Weights = False,
+    inputs: Input = None,
+    dtype: Dtype = None,
+    fuse: Fuse = True,
+    in_place: InPlace = False,
+    alignment: Alignment = 1,
+    time_limit: TimeLimit = 60.0,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Set COSMA beside the four baselines: bytes, how much of them COSMA removes, and time.
+
+    A baseline is a schedule (the model's, or the one of least peak footprint, MPMF), a linear allocator
+    and a replacement policy (Belady's, or the greedy choice of the fewest bytes).
+    """
+    check_time_limit(time_limit)
+    from retensor import planning
+    from retensor.planning.plan import Accelerator
+
+    accelerator = Accelerator(scratchpad=scratchpad, alignment=alignment)
+    graph = load_model(model, inputs, dtype, fuse, in_place)
+    with watch("planning") as seen:
+        found = planning.plan(
+            graph, accelerator, parameters=weights, time_limit=time_limit, seed=seed, progress=seen.progress
+        )
+    beside = compare_with_baselines(graph, accelerator, found, time_limit=time_limit, seed=seed)
+    if json:
+        print_json(
+            graph_counts(graph)
+            | {
+                "status": found.status,
+                "scratchpad_bytes": found.scratchpad_bytes,
+                "alignment": found.alignment,
+                "parameters": found.parameters,
+                "compulsory_bytes": found.compulsory_bytes,
+                "non_compulsory_bytes": found.non_compulsory_bytes,
+                "bound_bytes": found.bound_bytes,
+                "gap": found.gap,
+                "seconds": round(found.seconds, 3),
+                "baselines": comparison_to_json(found, beside),
+            }
+        )
+        return
+    print_lines(describe_graph(graph), describe_merges(graph), f"scratchpad {exact_bytes(found.scratchpad_bytes)}", "")
+    print_comparison(found, beside)
+
+
+def compare_with_baselines(
+    graph: Graph, accelerator: Accelerator, found: Plan, *, time_limit: float, seed: int
+) -> Comparison:
+    """Run the four baselines at the scratchpad of ``found``; the MPMF schedule is solved once for both of its two."""
+    from retensor import planning
+    from retensor.planning.plan import Accelerator
+
+    # The size is resolved already; a relative one would be worked out again for every baseline.
+    budget = Accelerator(scratchpad=found.scratchpad_bytes, alignment=accelerator.alignment, name=accelerator.name)
+    with watch("baselines") as seen:
+        limits = planning.bounds(
+            graph,
+            parameters=found.parameters,
+            alignment=found.alignment,
+            time_limit=time_limit,
+            seed=seed,
+            progress=seen.progress,
+        )
+        plans = [
+            (
+                baseline_name(schedule, replacement),
+                planning.baseline(
+                    graph,
+                    budget,
+                    schedule=schedule,
+                    replacement=replacement,
+                    parameters=found.parameters,
+                    order=limits.order if schedule == "mpmf" else None,
+                ),
+            )
+            for schedule, replacement in planning.BASELINES
+        ]
+    return Comparison(plans, limits)
+
+
+def baseline_name(schedule: str, replacement: str) -> str:
+    """A baseline for people: ``MPMF schedule, greedy``."""
+    schedules = {"default": "model's order", "mpmf": "MPMF order"}
+    policies = {"belady": "Belady", "greedy": "greedy"}
+    return f"{schedules.get(schedule, schedule)}, {policies.get(replacement, replacement)}"
+
+
+def reduction(ours: int, theirs: int) -> float | None:
+    """Share of a baseline's bytes that are saved; None where it has none to save."""
+    return (theirs - ours) / theirs if theirs else None
+
+
+def comparison_to_json(found: Plan, beside: Comparison) -> list[dict[str, Any]]:
+    """The baselines as objects, in the order of the table."""
+    from retensor import planning
+
+    return [
+        {
+            "name": name,
+            "schedule": schedule,
+            "replacement": replacement,
+            "compulsory_bytes": other.compulsory_bytes,
+            "non_compulsory_bytes": other.non_compulsory_bytes,
+            "reduction": reduction(found.non_compulsory_bytes, other.non_compulsory_bytes),
+            "seconds": round(other.seconds, 3),
+        }
+        for (schedule, replacement), (name, other) in zip(planning.BASELINES, beside.baselines, strict=True)
+    ]
+
+
+def print_comparison(found: Plan, beside: Comparison) -> None:
+    """The table: the plan first, then each baseline and what the plan saves of it."""
+    mark = "" if found.status == "optimal" else f" (gap {percent(found.gap)})"
+    rows = [(f"COSMA{mark}", f"{found.non_compulsory_bytes:,}", "", f"{found.seconds:.2f} s")]
+    for name, other in beside.baselines:
+        saved = reduction(found.non_compulsory_bytes, other.non_compulsory_bytes)
+        shown = "nothing to remove" if saved is None else percent(saved)
+        rows.append((name, f"{other.non_compulsory_bytes:,}", shown, f"{other.seconds:.2f} s"))
+    print_table(("method", "non-compulsory bytes", "removed by COSMA", "time"), rows)

@@ -1,0 +1,269 @@
+"""Operators that a kernel computes as one, taken together before planning.
+
+``fuse``: a convolution takes in its normalisation and one activation, which a convolution kernel applies to
+each element as it is made. ``in_place``: an operator that maps one tensor to another element by element writes
+over its input, where nothing else wants that input. Both work on the operators' kinds, ONNX's (``Conv``) and
+torch's (``aten.conv2d.default``) alike, and on tensors' shapes.
+
+Why ``in_place`` loses nothing. Let ``u`` map tensor ``t`` to ``v`` of as many bytes, let ``p`` make ``t``, and
+let ``u`` be the only reader of ``t``, which is no output of the network. Take any plan in which ``u`` writes
+``v`` over ``t``. Run ``u`` at once after ``p`` and let ``v`` lie wherever ``t`` or ``v`` lay: each spill and
+retrieve of ``t`` becomes one of ``v``, no step holds more bytes than before, and ``v`` is spilled once where
+``t``, ``v`` or both were. So merging ``p`` and ``u`` into one operator keeps an optimal plan.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from retensor.graph.structure import Graph, Operator, Tensor
+
+_CONVOLUTIONS = frozenset(
+    "Conv ConvTranspose ConvInteger QLinearConv conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d "
+    "conv_transpose3d".split()
+)
+_NORMALISATIONS = frozenset(
+    "BatchNormalization batch_norm _native_batch_norm_legit_no_training native_batch_norm cudnn_batch_norm".split()
+)
+_AFFINE = frozenset("Mul Add Sub Div mul add sub div".split())
+_GATES = frozenset("Sigmoid HardSigmoid sigmoid hardsigmoid".split())
+_PRODUCTS = frozenset("Mul mul".split())
+_ACTIVATIONS = frozenset(
+    "Relu LeakyRelu PRelu Sigmoid HardSigmoid HardSwish Clip Tanh Elu Selu Celu Gelu Silu Swish Mish Softplus Softsign "
+    "ThresholdedRelu "
+    "relu relu6 leaky_relu prelu sigmoid hardsigmoid hardswish hardtanh clamp clamp_min clamp_max tanh elu selu celu "
+    "gelu silu mish softplus softsign threshold".split()
+)
+_ELEMENTWISE = _ACTIVATIONS | frozenset(
+    "Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast Ceil Cos Cosh Erf Exp Floor IsInf IsNaN Log Neg Not Reciprocal "
+    "Round Shrink Sign Sin Sinh Sqrt Tan "
+    "abs acos acosh asin asinh atan atanh bitwise_not ceil cos cosh erf exp expm1 floor log log1p log2 log10 "
+    "logical_not neg reciprocal round rsqrt sign sin sinh sqrt square tan trunc "
+    # With a number, or the tensor itself, for the other argument these have one tensor only.
+    "Add Sub Mul Div Max Min Sum add sub mul div pow".split()
+)
+
+
+def merge(graph: Graph, *, fuse: bool, in_place: bool) -> Graph:
+    """Merge operators; the tensors between them disappear.
+
+    Parameters
+    ----------
+    graph : Graph
+    fuse : bool
+        A convolution takes in the batch normalisation and per-channel scaling that follow it, and then one
+        activation, each being the only reader of the tensor before it.
+    in_place : bool
+        An elementwise operator with one input tensor and an output of as many bytes joins the operator that
+        makes its input, where it is that tensor's only reader. See the module for why this loses nothing.
+
+    Returns
+    -------
+    Graph
+        With the same program; a merged operator has the first one's name, the kinds joined by ``+``, and
+        all their ``nodes``. ``graph`` itself where there is nothing to merge.
+
+    Examples
+    --------
+    >>> from retensor.graph.structure import Graph, Operator, Tensor
+    >>> raw = Graph(
+    ...     "net",
+    ...     [Operator("c", "Conv", ("x", "w"), ("a",)), Operator("r", "Relu", ("a",), ("b",))],
+    ...     [Tensor("x", 8, "input"), Tensor("w", 4, "parameter"), Tensor("a", 8), Tensor("b", 8)],
+    ...     ["b"],
+    ... )
+    >>> merge(raw, fuse=True, in_place=False).operators
+    (Operator(name='c', kind='Conv+Relu', inputs=('x', 'w'), outputs=('b',), nodes=('c', 'r')),)
+    """
+    work = _Work(graph)
+    if fuse:
+        for index in range(len(work.operators)):
+            _fuse_from(work, index)
+    if in_place:
+        for index in range(len(work.operators)):
+            _run_in_place(work, index)
+    return work.result()
+
+
+def merged_kinds(graph: Graph) -> dict[str, int]:
+    """How many operators of each merged kind there are, the most frequent first.
+
+    >>> from retensor.graph.structure import Graph, Operator, Tensor
+    >>> merged_kinds(Graph("net", [Operator("c", "Conv+Relu", (), ("y",))], [Tensor("y", 8)], ["y"]))
+    {'Conv+Relu': 1}
+    """
+    return dict(Counter(operator.kind for operator in graph.operators if "+" in operator.kind).most_common())
+
+
+@dataclass
+class _Work:
+    """A graph's operators while they are merged; None stands where one has joined another."""
+
+    graph: Graph
+    operators: list[Operator | None] = field(init=False)
+    readers: dict[str, list[int]] = field(init=False)
+    kept: set[str] = field(init=False)
+    gone: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.operators = list(self.graph.operators)
+        self.readers = {name: list(users) for name, users in self.graph.consumers.items()}
+        self.kept = set(self.graph.outputs)
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        return self.graph.tensors
+
+    def only_reader(self, name: str) -> int | None:
+        """The one operator that reads an activation which is no output of the network, or None."""
+        users = self.readers[name]
+        return users[0] if len(users) == 1 and name not in self.kept else None
+
+    def activations(self, operator: Operator) -> list[str]:
+        return [name for name in operator.inputs if self.tensors[name].role != "parameter"]
+
+    def join(self, first: int, second: int) -> None:
+        """Let operator ``first`` take in ``second``, which reads its outputs and otherwise parameters only."""
+        head, tail = self.operators[first], self.operators[second]
+        assert head is not None
+        assert tail is not None
+        between = [name for name in head.outputs if name in tail.inputs and self.readers[name] == [second]]
+        between += [name for name in tail.outputs[1:] if not self.readers[name]]
+        between = [name for name in between if name not in self.kept]
+        inputs = dict.fromkeys(head.inputs + tuple(name for name in tail.inputs if name not in head.outputs))
+        outputs = tuple(name for name in head.outputs + tail.outputs if name not in between)
+        self.operators[first] = Operator(
+            head.name,
+            f"{head.kind}+{tail.kind}",
+            tuple(inputs),
+            outputs,
+            (head.nodes or (head.name,)) + (tail.nodes or (tail.name,)),
+        )
+        self.operators[second] = None
+        for name in tail.inputs:
+            self.readers[name] = sorted({user for user in self.readers[name] if user != second} | {first})
+        for name in head.outputs:
+            self.readers[name] = [user for user in self.readers[name] if user != first]
+        self.gone.update(between)
+
+    def result(self) -> Graph:
+        if not self.gone:
+            return self.graph
+        tensors = [tensor for name, tensor in self.tensors.items() if name not in self.gone]
+        aliases = {value: name for value, name in self.graph.aliases.items() if name not in self.gone}
+        operators = [operator for operator in self.operators if operator is not None]
+        graph = self.graph
+        return Graph(graph.name, operators, tensors, graph.outputs, aliases, graph.options, graph.program)
+
+
+def _plain(kind: str) -> str:
+    """``aten.relu_.default`` as ``relu``; an ONNX kind as it is."""
+    if not kind.startswith("aten."):
+        return kind
+    return kind.split(".")[1].rstrip("_")
+
+
+def _fuse_from(work: _Work, index: int) -> None:
+    """Let the convolution at ``index``, if it is one, take in what follows it."""
+    head = work.operators[index]
+    if head is None or _plain(head.kind) not in _CONVOLUTIONS or len(head.outputs) != 1:
+        return
+    while (follower := _follower(work, index)) is not None and _is_normalisation(work, follower[1]):
+        work.join(index, follower[0])
+    if (follower := _follower(work, index)) is not None and _plain(follower[1].kind) in _ACTIVATIONS:
+        work.join(index, follower[0])
+    elif (pair := _gate_and_product(work, index)) is not None:
+        work.join(index, pair[0])
+        work.join(index, pair[1])
+
+
+def _follower(work: _Work, index: int) -> tuple[int, Operator] | None:
+    """The only reader of the operator's only output, if that output is its only activation."""
+    head = work.operators[index]
+    if head is None or len(head.outputs) != 1:
+        return None
+    reader = work.only_reader(head.outputs[0])
+    tail = None if reader is None else work.operators[reader]
+    if reader is None or tail is None or work.activations(tail) != [head.outputs[0]]:
+        return None
+    # Further outputs (saved statistics) may be named but neither read nor hold anything.
+    extra = tail.outputs[1:]
+    if any(work.tensors[name].nbytes or work.readers[name] or name in work.kept for name in extra):
+        return None
+    return reader, tail
+
+
+def _is_normalisation(work: _Work, operator: Operator) -> bool:
+    kind = _plain(operator.kind)
+    if kind in _NORMALISATIONS:
+        return True
+    if kind not in _AFFINE or len(operator.inputs) > 2 or len(operator.outputs) != 1:
+        return False
+    if len(operator.inputs) == 1:  # a number for the other argument, as torch has it
+        return kind.islower()
+    value, factor = operator.inputs
+    if work.tensors[value].role == "parameter":
+        value, factor = factor, value
+        if kind in ("Sub", "Div", "sub", "div"):
+            return False
+    return _by_channel(work.tensors[factor].shape, work.tensors[operator.outputs[0]])
+
+
+def _by_channel(shape: tuple[int, ...] | None, output: Tensor) -> bool:
+    """Whether a parameter is one number, or one for each channel of an output ``N x C x ...``."""
+    if shape is None or output.shape is None or len(output.shape) < 2 or len(shape) > len(output.shape):
+        return False
+    channels = output.shape[1]
+    aligned = (1,) * (len(output.shape) - len(shape)) + shape
+    if all(size == 1 or (axis == 1 and size == channels) for axis, size in enumerate(aligned)):
+        return True
+    # The tensor may be read through a view (C as Cx1x1); where C does not fit as the last dimension, it is.
+    return shape == (channels,) and output.shape[-1] != channels
+
+
+def _gate_and_product(work: _Work, index: int) -> tuple[int, int] | None:
+    """``y * sigmoid(y)`` in two operators that are all that reads ``y``."""
+    head = work.operators[index]
+    if head is None or len(head.outputs) != 1 or head.outputs[0] in work.kept:
+        return None
+    value = head.outputs[0]
+    users = work.readers[value]
+    if len(users) != 2:
+        return None
+    for first, second in (users, users[::-1]):
+        gate, product = work.operators[first], work.operators[second]
+        if gate is None or product is None or len(gate.outputs) != 1 or len(product.outputs) != 1:
+            continue
+        if (
+            _plain(gate.kind) in _GATES
+            and _plain(product.kind) in _PRODUCTS
+            and gate.inputs == (value,)
+            and set(product.inputs) == {value, gate.outputs[0]}
+            and work.only_reader(gate.outputs[0]) == second
+        ):
+            return first, second
+    return None
+
+
+def _run_in_place(work: _Work, index: int) -> None:
+    """Let the operator at ``index`` take in the elementwise ones that write over its outputs."""
+    merged = True
+    while merged:
+        merged = False
+        head = work.operators[index]
+        for name in head.outputs if head is not None else ():
+            reader = work.only_reader(name)
+            tail = None if reader is None else work.operators[reader]
+            if (
+                reader is not None
+                and tail is not None
+                and _plain(tail.kind) in _ELEMENTWISE
+                and tail.inputs == (name,)
+                and len(tail.outputs) == 1
+                and work.tensors[tail.outputs[0]].nbytes == work.tensors[name].nbytes
+            ):
+                work.join(index, reader)
+                merged = True
+                break

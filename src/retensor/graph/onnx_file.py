@@ -1,0 +1,544 @@
+"""Reading an ONNX file as something to distrust: the bytes on disk become a checked model without its weights.
+
+Everything later (shape inference in C++, ONNX Runtime) assumes well-formed nodes, so what the file says is
+checked here first: versions, names, node signatures against the operator schemas, sizes of dimensions, where
+external data lies. Weights stay on disk: only their shapes are kept, and :func:`tensor_bytes` fetches them.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+import onnx.inliner
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+
+from retensor.errors import GraphError
+from retensor.graph.structure import Bytes
+
+LARGEST_DIMENSION = 2**31 - 1
+LARGEST_FILE = 2**31 - 1
+MOST_NODES = 250_000
+# A tensor up to this many bytes is kept in the model, because shape inference may want its values.
+_SMALL = 4096
+_DEFAULT_DOMAINS = ("", "ai.onnx")
+
+# ONNX's number of an element type: NumPy's (or ml_dtypes') name and the bits of one element.
+ELEMENTS: Mapping[int, tuple[str, int]] = {
+    1: ("float32", 32),
+    2: ("uint8", 8),
+    3: ("int8", 8),
+    4: ("uint16", 16),
+    5: ("int16", 16),
+    6: ("int32", 32),
+    7: ("int64", 64),
+    9: ("bool", 8),
+    10: ("float16", 16),
+    11: ("float64", 64),
+    12: ("uint32", 32),
+    13: ("uint64", 64),
+    14: ("complex64", 64),
+    15: ("complex128", 128),
+    16: ("bfloat16", 16),
+    17: ("float8_e4m3fn", 8),
+    18: ("float8_e4m3fnuz", 8),
+    19: ("float8_e5m2", 8),
+    20: ("float8_e5m2fnuz", 8),
+    21: ("uint4", 4),
+    22: ("int4", 4),
+    23: ("float4_e2m1fn", 4),
+    24: ("float8_e8m0fnu", 8),
+    25: ("uint2", 2),
+    26: ("int2", 2),
+}
+FLOATING = frozenset(number for number, (name, _) in ELEMENTS.items() if "float" in name)
+
+
+class ValueType(NamedTuple):
+    """Element type (ONNX's number) and static shape of a value."""
+
+    element: int
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return count_elements(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the value; elements under a byte are packed."""
+        return (self.count * ELEMENTS[self.element][1] + 7) // 8
+
+
+@dataclass
+class OnnxModel:
+    """A checked model without its large weights.
+
+    ``initializers`` hold shape and type; the data too where it is small. ``stamp`` tells whether the file
+    is still the one that was read.
+    """
+
+    path: Path
+    stamp: tuple[int, int]
+    ir_version: int
+    opsets: dict[str, int]
+    nodes: list[NodeProto]
+    inputs: dict[str, Any]
+    outputs: list[str]
+    initializers: dict[str, TensorProto]
+    sparse: dict[str, Any]
+    declared: dict[str, Any]
+    _weights: dict[str, TensorProto] | None = field(default=None, repr=False)
+
+    def weight(self, name: str) -> TensorProto:
+        """The initializer ``name`` with its data, read from the file again where it was left there."""
+        kept = self.initializers[name]
+        if holds_data(kept) or is_external(kept):
+            return kept
+        if self._weights is None:
+            self.check_unchanged()
+            self._weights = {tensor.name: tensor for tensor in _parse(self.path).graph.initializer}
+        return self._weights[name]
+
+    def check_unchanged(self) -> None:
+        """Raise GraphError where the file is no longer the one that was read."""
+        if _stamp(self.path) != self.stamp:
+            raise GraphError(f"'{self.path}' changed since it was loaded; load it again")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_weights": None}
+
+
+def count_elements(shape: Iterable[int]) -> int:
+    """Product of ``shape`` in unbounded integers."""
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def shown(name: str, limit: int = 80) -> str:
+    """A name from a file, made fit for one line of a message."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in str(name)[: limit + 1])
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what a library said, made fit for a sentence."""
+    lines = str(error).strip().splitlines()
+    return shown(lines[0].strip(), 200) if lines else type(error).__name__
+
+
+def read_model(path: str | os.PathLike[str]) -> OnnxModel:
+    """Read and check an ONNX file.
+
+    Raises
+    ------
+    GraphError
+        Where the file cannot be read, is no ONNX model, or is malformed.
+    """
+    source = Path(path)
+    stamp = _stamp(source)
+    model = _parse(source)
+    opsets = _opsets(model, source)
+    skeleton = _without_weights(model)
+    del model
+    if skeleton.functions:
+        skeleton = _inlined(skeleton, source)
+        opsets = _opsets(skeleton, source)
+    graph = skeleton.graph
+    if len(graph.node) > MOST_NODES:
+        raise GraphError(f"'{source}' has {len(graph.node):,} nodes; up to {MOST_NODES:,} are allowed")
+    for node in graph.node:
+        check_node(node, opsets)
+    initializers = {tensor.name: tensor for tensor in graph.initializer}
+    if len(initializers) != len(graph.initializer):
+        raise GraphError(f"'{source}' names an initializer twice")
+    for tensor in initializers.values():
+        check_dimensions(tensor.dims, f"initializer '{shown(tensor.name)}'")
+        if tensor.data_type not in ELEMENTS and tensor.data_type != TensorProto.STRING:
+            raise GraphError(f"initializer '{shown(tensor.name)}' has unknown element type {tensor.data_type}")
+        if is_external(tensor):
+            external_file(tensor, source)
+    sparse = {tensor.values.name: tensor for tensor in graph.sparse_initializer}
+    for name, tensor in sparse.items():
+        check_dimensions(tensor.dims, f"initializer '{shown(name)}'")
+    inputs: dict[str, Any] = {}
+    for value in graph.input:
+        if value.name in inputs:
+            raise GraphError(f"'{source}' names the input '{shown(value.name)}' twice")
+        inputs[value.name] = value.type
+    return OnnxModel(
+        path=source,
+        stamp=stamp,
+        ir_version=skeleton.ir_version,
+        opsets=opsets,
+        nodes=list(graph.node),
+        inputs={name: kind for name, kind in inputs.items() if name not in initializers and name not in sparse},
+        outputs=[value.name for value in graph.output],
+        initializers=initializers,
+        sparse=sparse,
+        declared={value.name: value.type for value in (*graph.output, *graph.value_info)},
+    )
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Size and time of a regular file; refuses anything else."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise GraphError(f"there is no file '{path}'; give the path of an ONNX model") from None
+    except (OSError, ValueError) as error:
+        raise GraphError(f"cannot read '{shown(str(path), 200)}': {reason(error)}") from None
+    if stat.S_ISDIR(status.st_mode):
+        raise GraphError(f"'{path}' is a directory; give the path of an ONNX file inside it")
+    if not stat.S_ISREG(status.st_mode):
+        raise GraphError(f"'{path}' is not a regular file; give the path of an ONNX model")
+    if status.st_size == 0:
+        raise GraphError(f"'{path}' is empty, not an ONNX model")
+    if status.st_size > LARGEST_FILE:
+        raise GraphError(
+            f"'{path}' has {status.st_size:,} bytes and an ONNX file has less than 2 GiB; keep its weights as external data"
+        )
+    return status.st_size, status.st_mtime_ns
+
+
+def _parse(path: Path) -> ModelProto:
+    model = ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except OSError as error:
+        raise GraphError(f"cannot read '{path}': {error.strerror or error}") from None
+    except Exception:  # the protobuf backends raise different types, none of them public here
+        raise GraphError(f"'{path}' is not an ONNX model, or is truncated: it does not parse") from None
+    if not model.HasField("graph") or not model.graph.node:
+        raise GraphError(f"'{path}' is not an ONNX model, or is truncated: it holds no operators")
+    return model
+
+
+def _opsets(model: ModelProto, path: Path) -> dict[str, int]:
+    opsets: dict[str, int] = {}
+    for entry in model.opset_import:
+        domain = "" if entry.domain in _DEFAULT_DOMAINS else entry.domain
+        if opsets.setdefault(domain, entry.version) != entry.version:
+            raise GraphError(f"'{path}' imports two versions of the operator set '{shown(domain or 'ai.onnx')}'")
+    if not opsets:
+        raise GraphError(f"'{path}' is not an ONNX model, or is truncated: it names no operator set version")
+    newest = onnx.defs.onnx_opset_version()
+    for domain, version in opsets.items():
+        if version < 1 or (domain == "" and version > newest):
+            raise GraphError(
+                f"'{path}' asks for version {version} of the operator set '{shown(domain or 'ai.onnx')}'; "
+                f"the installed onnx knows 1 to {newest}: convert the model or upgrade onnx"
+            )
+    if not 0 <= model.ir_version <= onnx.IR_VERSION:
+        raise GraphError(
+            f"'{path}' has IR version {model.ir_version}; the installed onnx knows up to {onnx.IR_VERSION}: upgrade onnx"
+        )
+    return opsets
+
+
+def _without_weights(model: ModelProto) -> ModelProto:
+    """A copy whose large initializers keep name, type and shape only."""
+    graph = model.graph
+    skeleton = ModelProto(ir_version=model.ir_version)
+    skeleton.opset_import.extend(model.opset_import)
+    skeleton.functions.extend(model.functions)
+    bare = skeleton.graph
+    bare.name = "graph"
+    bare.node.extend(graph.node)
+    bare.input.extend(graph.input)
+    bare.output.extend(graph.output)
+    bare.value_info.extend(graph.value_info)
+    bare.sparse_initializer.extend(graph.sparse_initializer)
+    for tensor in graph.initializer:
+        if tensor.ByteSize() <= _SMALL or is_external(tensor):
+            bare.initializer.append(tensor)
+        else:
+            bare.initializer.add(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type)
+    return skeleton
+
+
+def _inlined(model: ModelProto, path: Path) -> ModelProto:
+    """``model`` with calls of its own functions replaced by their nodes."""
+    bodies = {(function.domain, function.name): list(function.node) for function in model.functions}
+    if len(bodies) != len(model.functions):
+        raise GraphError(f"'{path}' defines a function twice; rename one of the overloads")
+    grown: dict[tuple[str, str], int] = {}
+    entered: set[tuple[str, str]] = set()
+
+    def size(nodes: Iterable[NodeProto]) -> int:
+        total = 0
+        for node in nodes:
+            total += 1
+            total += sum(size(body.node) for body in subgraphs(node))
+            key = (node.domain, node.op_type)
+            if key in bodies:
+                if key not in grown:
+                    if key in entered or len(entered) > 100:
+                        raise GraphError(f"'{path}' has a function '{shown(node.op_type)}' that calls itself")
+                    entered.add(key)
+                    grown[key] = size(bodies[key])
+                    entered.discard(key)
+                total += grown[key]
+        return total
+
+    # Counted before it is done: functions that call functions can multiply without bound.
+    if (total := size(model.graph.node)) > MOST_NODES:
+        raise GraphError(f"'{path}' unfolds to {total:,} nodes; up to {MOST_NODES:,} are allowed")
+    imported = {entry.domain for entry in model.opset_import}
+    for function in model.functions:
+        opsets = {entry.domain: entry.version for entry in function.opset_import}
+        for node in function.node:
+            check_node(node, {**{domain: 1 for domain in imported}, **opsets}, inside_function=True)
+        for entry in function.opset_import:
+            if entry.domain not in imported:
+                model.opset_import.append(entry)
+    try:
+        inlined: ModelProto = onnx.inliner.inline_local_functions(model)
+    except Exception as error:
+        raise GraphError(f"the functions of '{path}' cannot be unfolded: {reason(error)}") from None
+    return inlined
+
+
+def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
+    """The graphs among a node's attributes (bodies of If, Loop and Scan)."""
+    for attribute in node.attribute:
+        if attribute.type == AttributeProto.GRAPH:
+            yield attribute.g
+        elif attribute.type == AttributeProto.GRAPHS:
+            yield from attribute.graphs
+
+
+def reads(node: NodeProto) -> list[str]:
+    """Names of the values a node reads, those its subgraphs capture included, each once."""
+    names = dict.fromkeys(name for name in node.input if name)
+    for body in subgraphs(node):
+        names.update(dict.fromkeys(_captured(body)))
+    return list(names)
+
+
+def _captured(graph: GraphProto) -> list[str]:
+    known = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+    known |= {tensor.values.name for tensor in graph.sparse_initializer}
+    wanted: dict[str, None] = {}
+    for node in graph.node:
+        known.update(node.output)
+        wanted.update(dict.fromkeys(reads(node)))
+    wanted.update(dict.fromkeys(value.name for value in graph.output))
+    return [name for name in wanted if name and name not in known]
+
+
+@lru_cache(maxsize=4096)
+def schema_of(kind: str, version: int, domain: str) -> Any:
+    """The operator schema in force at ``version``, or None where onnx has none."""
+    try:
+        return onnx.defs.get_schema(kind, version, domain)
+    except Exception:  # SchemaError is not exported by every version
+        return None
+
+
+def domain_of(node: NodeProto) -> str:
+    """A node's domain, the default one as the empty string."""
+    return "" if node.domain in _DEFAULT_DOMAINS else node.domain
+
+
+def kind_of(node: NodeProto) -> str:
+    """What a node computes, with the domain where it is not ONNX's own."""
+    domain = domain_of(node)
+    return f"{domain}.{node.op_type}" if domain else str(node.op_type)
+
+
+@lru_cache(maxsize=4096)
+def _signature(kind: str, version: int, domain: str) -> Any:
+    schema = schema_of(kind, version, domain)
+    if schema is None:
+        return None
+    variadic = onnx.defs.OpSchema.FormalParameterOption.Variadic
+    single = onnx.defs.OpSchema.FormalParameterOption.Single
+    needed = [parameter.option == single for parameter in schema.inputs]
+    open_ended = bool(schema.inputs) and schema.inputs[-1].option == variadic
+    attributes = {name: (int(a.type), bool(a.required)) for name, a in schema.attributes.items()}
+    bounds = (schema.min_input, schema.max_input, schema.min_output, schema.max_output)
+    return bounds, needed, open_ended, attributes, [name for name, (_, must) in attributes.items() if must]
+
+
+def check_node(node: NodeProto, opsets: Mapping[str, int], inside_function: bool = False) -> None:
+    """Hold a node against its schema; inference in C++ takes the number and type of arguments for granted.
+
+    Raises
+    ------
+    GraphError
+    """
+    where = f"node '{shown(node.name)}' ({shown(kind_of(node))})"
+    if not node.op_type:
+        raise GraphError(f"{where} names no operator type")
+    domain = domain_of(node)
+    version = opsets.get(domain)
+    if version is None:
+        raise GraphError(f"{where} is of operator set '{shown(domain or 'ai.onnx')}', which the model does not import")
+    for attribute in node.attribute:
+        if attribute.ref_attr_name and not inside_function:
+            raise GraphError(f"{where} refers to a function's attribute outside of any function")
+        if attribute.type == AttributeProto.TENSOR:
+            check_dimensions(attribute.t.dims, where)
+        elif attribute.type == AttributeProto.SPARSE_TENSOR:
+            check_dimensions(attribute.sparse_tensor.dims, where)
+    for body in subgraphs(node):
+        for tensor in body.initializer:
+            check_dimensions(tensor.dims, where)
+        for inner in body.node:
+            check_node(inner, opsets, inside_function)
+    signature = _signature(node.op_type, version, domain)
+    if signature is None:
+        if domain == "":
+            raise GraphError(f"{where} is no operator of the ONNX operator set {version}")
+        return
+    (least_in, most_in, least_out, most_out), needed, open_ended, attributes, required = signature
+    if not least_in <= len(node.input) <= most_in:
+        raise GraphError(f"{where} has {len(node.input)} inputs; {least_in} to {most_in} are allowed")
+    if not least_out <= len(node.output) <= most_out:
+        raise GraphError(f"{where} has {len(node.output)} outputs; {least_out} to {most_out} are allowed")
+    for position, name in enumerate(node.input):
+        if not name and (position >= len(needed) - open_ended or needed[position]):
+            raise GraphError(f"{where} leaves its input {position} out, which it needs")
+    present: set[str] = set()
+    for attribute in node.attribute:
+        if attribute.name in present:
+            raise GraphError(f"{where} has its attribute '{shown(attribute.name)}' twice")
+        present.add(attribute.name)
+        known = attributes.get(attribute.name)
+        if known is None:
+            if not attribute.name.startswith("__"):
+                raise GraphError(
+                    f"{where} has an attribute '{shown(attribute.name)}', which the operator does not know"
+                )
+        elif attribute.type != known[0]:
+            raise GraphError(f"{where} has its attribute '{shown(attribute.name)}' of the wrong type")
+    for name in required:
+        if name not in present:
+            raise GraphError(f"{where} lacks its attribute '{name}'")
+
+
+def check_dimensions(dimensions: Sequence[int], where: str) -> None:
+    """Refuse negative and absurd dimensions.
+
+    Raises
+    ------
+    GraphError
+    """
+    for size in dimensions:
+        if not 0 <= size <= LARGEST_DIMENSION:
+            raise GraphError(f"{where} has a dimension of {size:,}; 0 to 2**31 - 1 are allowed")
+
+
+def is_external(tensor: TensorProto) -> bool:
+    """Whether a tensor's data lies in another file."""
+    return bool(tensor.data_location == TensorProto.EXTERNAL)
+
+
+def holds_data(tensor: TensorProto) -> bool:
+    """Whether a tensor's data is in the message itself (an empty tensor's always is)."""
+    return bool(
+        tensor.HasField("raw_data")
+        or tensor.float_data
+        or tensor.int32_data
+        or tensor.int64_data
+        or tensor.double_data
+        or tensor.uint64_data
+        or tensor.string_data
+        or 0 in tensor.dims
+    )
+
+
+def external_file(tensor: TensorProto, model: Path) -> tuple[Path, int, int | None]:
+    """Where a tensor's external data lies: file, offset, and length where it is given.
+
+    Raises
+    ------
+    GraphError
+        Where the place is not inside the model's own folder.
+    """
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
+    where = f"external data of '{shown(tensor.name)}'"
+    steps = location.replace("\\", "/").split("/")
+    if not location or "\0" in location or steps[0] == "" or ".." in steps or ":" in steps[0]:
+        raise GraphError(
+            f"{where} lies at '{shown(location)}'; only a file in the model's own folder is read: give a relative path"
+        )
+    try:
+        offset, length = int(entries.get("offset", "0") or 0), entries.get("length")
+        size = None if length is None else int(length)
+    except ValueError:
+        raise GraphError(f"{where} has an offset or length that is no number") from None
+    if offset < 0 or (size is not None and size < 0):
+        raise GraphError(f"{where} has a negative offset or length")
+    folder = Path(os.path.realpath(model.parent))
+    file = Path(os.path.realpath(folder / location))
+    if not file.is_relative_to(folder):
+        raise GraphError(f"{where} lies at '{shown(location)}', a link that leads out of the model's own folder")
+    return file, offset, size
+
+
+def _external_bytes(tensor: TensorProto, model: Path, nbytes: int) -> bytes:
+    file, offset, length = external_file(tensor, model)
+    where = f"external data of '{shown(tensor.name)}'"
+    if length is not None and length != nbytes:
+        raise GraphError(f"{where} has {length:,} bytes; its shape and type need {nbytes:,}")
+    try:
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise GraphError(f"{where}: '{file.name}' is not a regular file")
+        with file.open("rb") as stream:
+            # Asked before reading, so that a false size never makes the memory for it.
+            if file.stat().st_size - offset < nbytes:
+                raise GraphError(f"{where}: '{file.name}' ends before the {nbytes:,} bytes that are needed")
+            stream.seek(offset)
+            return stream.read(nbytes)
+    except OSError as error:
+        raise GraphError(f"{where}: cannot read '{file.name}': {error.strerror or error}") from None
+
+
+def tensor_bytes(tensor: TensorProto, model: Path) -> Bytes:
+    """The bytes of a constant tensor, little-endian and packed, wherever they lie.
+
+    Raises
+    ------
+    GraphError
+        Where there are not as many as shape and type need.
+    """
+    kind = ValueType(tensor.data_type, tuple(tensor.dims))
+    if kind.element not in ELEMENTS:
+        raise GraphError(f"constant '{shown(tensor.name)}' holds strings or an unknown type; only numbers are run")
+    if is_external(tensor):
+        found: Bytes = np.frombuffer(_external_bytes(tensor, model, kind.nbytes), np.uint8)
+    elif tensor.HasField("raw_data"):
+        found = np.frombuffer(tensor.raw_data, np.uint8)
+    elif ELEMENTS[kind.element][1] < 8:
+        found = np.asarray(tensor.int32_data, np.int64).astype(np.uint8)
+    else:
+        stored = len(tensor.float_data) + len(tensor.int32_data) + len(tensor.int64_data)
+        stored += len(tensor.double_data) + len(tensor.uint64_data)
+        # Asked before decoding, so that a false shape never makes the memory for it.
+        if stored != kind.count * (2 if kind.element in (14, 15) else 1):
+            raise GraphError(f"constant '{shown(tensor.name)}' holds {stored:,} numbers for {kind.count:,} elements")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = np.ascontiguousarray(numpy_helper.to_array(tensor)).reshape(-1).view(np.uint8)
+        except Exception as error:
+            raise GraphError(f"constant '{shown(tensor.name)}' cannot be read: {reason(error)}") from None
+    if found.size != kind.nbytes:
+        raise GraphError(
+            f"constant '{shown(tensor.name)}' holds {found.size:,} bytes; its shape and type need {kind.nbytes:,}"
+        )
+    return found

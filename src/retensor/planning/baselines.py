@@ -1,0 +1,246 @@
+"""The four baselines of the COSMA paper: a given schedule, TensorFlow Lite's allocator, a replacement policy.
+
+Operators run in the given order (the program's, or the one of least peak, MPMF). Tensors that a step
+needs and that are not in the scratchpad are placed larger first, each into the smallest gap that holds it
+(TensorFlow Lite's linear arena). Where no gap does, tensors that the step does not need make room:
+
+- ``belady``: the one whose next use is furthest away, one after the other until a gap opens;
+- ``greedy``: the set with the least bytes that opens a gap. Free bytes must be in one piece, so a set is
+  what a window of addresses covers, and all windows are looked at: the optimum of the paper's small
+  integer program, with contiguity in it.
+
+Where only the step's own tensors are left and their addresses leave no gap, its resident inputs leave
+too, smallest first, and come back at other addresses: a baseline returns a plan wherever there is one.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from retensor.errors import PlanError
+from retensor.graph.structure import Graph
+from retensor.planning.plan import Accelerator, Plan
+from retensor.planning.problem import Problem, build_problem, check_feasible
+from retensor.planning.progress import Clock
+from retensor.planning.residency import Stay, steps_of
+
+Schedule = Literal["default", "mpmf"]
+Replacement = Literal["belady", "greedy"]
+
+BASELINES: tuple[tuple[Schedule, Replacement], ...] = (
+    ("default", "belady"),
+    ("default", "greedy"),
+    ("mpmf", "belady"),
+    ("mpmf", "greedy"),
+)
+"""The pairs of schedule and replacement that the paper compares with."""
+
+
+def baseline(
+    graph: Graph,
+    accelerator: Accelerator,
+    *,
+    schedule: Schedule = "default",
+    replacement: Replacement = "belady",
+    parameters: bool = False,
+    order: Sequence[str] | None = None,
+) -> Plan:
+    """A plan by one of the four baselines.
+
+    Parameters
+    ----------
+    graph : Graph
+    accelerator : Accelerator
+    schedule : {"default", "mpmf"}
+        The program's order, or the one of least peak footprint.
+    replacement : {"belady", "greedy"}
+    parameters : bool
+        Whether parameters lie in the scratchpad too.
+    order : sequence of str, optional
+        The MPMF schedule where the caller has it already (``bounds(graph).order``).
+
+    Raises
+    ------
+    InfeasibleError
+        Where one operator alone does not fit.
+    """
+    from retensor.planning.bounds import bounds, resolve_scratchpad
+    from retensor.planning.exact import finish
+
+    if schedule not in ("default", "mpmf"):
+        raise ValueError(f"schedule is 'default' or 'mpmf', not '{schedule}'")
+    if replacement not in ("belady", "greedy"):
+        raise ValueError(f"replacement is 'belady' or 'greedy', not '{replacement}'")
+    scratchpad = resolve_scratchpad(graph, accelerator, parameters)
+    check_feasible(graph, scratchpad, parameters, accelerator.alignment)
+    if schedule == "default":
+        names = [operator.name for operator in graph.operators]
+    else:
+        names = list(order or bounds(graph, parameters=parameters, alignment=accelerator.alignment).order)
+    clock = Clock(float("inf"))
+    problem = build_problem(graph, parameters, accelerator.alignment)
+    sequence = sequence_of(graph, names)
+    held = simulate(problem, sequence, scratchpad, replacement)
+    return finish(
+        graph, accelerator, scratchpad, parameters, problem, sequence, held.stays, held.addresses,
+        held.transient_addresses, bound=0, solver=f"{schedule} schedule, {replacement} replacement",
+        seconds=clock.seconds, fixed_order=True,
+    )  # fmt: skip
+
+
+def sequence_of(graph: Graph, names: Sequence[str]) -> tuple[int, ...]:
+    """Operator indices of a schedule given by names.
+
+    Raises
+    ------
+    PlanError
+        Where the names are not the graph's operators, each once, in an order that runs.
+    """
+    index = {operator.name: i for i, operator in enumerate(graph.operators)}
+    if len(names) != len(index) or set(names) != set(index):
+        wrong = next((n for n in names if n not in index), None)
+        reason = f"'{wrong}' is no operator of it" if wrong else "it must name each operator once"
+        raise PlanError(f"the order given does not fit graph '{graph.name}': {reason}")
+    sequence = tuple(index[name] for name in names)
+    step = steps_of(sequence)
+    for name, producer in graph.producer.items():
+        for consumer in graph.consumers[name]:
+            if step[consumer] <= step[producer]:
+                raise PlanError(
+                    f"the order given runs '{graph.operators[consumer].name}' before "
+                    f"'{graph.operators[producer].name}', which makes its input '{name}'"
+                )
+    return sequence
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a simulation kept where: addresses in bytes, beside the stays and the transients by step."""
+
+    stays: tuple[Stay, ...]
+    addresses: tuple[int, ...]
+    transient_addresses: tuple[tuple[int, ...], ...]
+
+
+class _Scratchpad:
+    """Address ranges taken, by key: an item's index, or a negative one for a transient tensor."""
+
+    def __init__(self, size: int, alignment: int, taken: dict[int, tuple[int, int]] | None = None) -> None:
+        self.size = size
+        self.alignment = alignment
+        self.taken = dict(taken or {})
+
+    def copy(self) -> _Scratchpad:
+        return _Scratchpad(self.size, self.alignment, self.taken)
+
+    def put(self, key: int, address: int, size: int) -> None:
+        self.taken[key] = (address, address + size)
+
+    def best_fit(self, size: int) -> int | None:
+        """Start of the smallest gap that holds ``size`` bytes."""
+        best: tuple[int, int] | None = None
+        low = 0
+        for start, end in [*sorted(self.taken.values()), (self.size, self.size)]:
+            address = -(-low // self.alignment) * self.alignment
+            if address + size <= start and (best is None or start - address < best[0]):
+                best = (start - address, address)
+            low = max(low, end)
+        return None if best is None else best[1]
+
+    def cheapest_window(self, size: int, removable: set[int]) -> set[int] | None:
+        """The removable keys with the least bytes whose leaving opens a gap of ``size`` bytes."""
+        best: tuple[int, int, set[int]] | None = None
+        # A best window starts at the bottom or where some range ends.
+        for low in sorted({0, *(end for _, end in self.taken.values())}):
+            address = -(-low // self.alignment) * self.alignment
+            if address + size > self.size:
+                break
+            covered = {k for k, (start, end) in self.taken.items() if start < address + size and end > address}
+            if not covered <= removable:
+                continue
+            load = sum(self.taken[k][1] - self.taken[k][0] for k in covered)
+            if best is None or load < best[0]:
+                best = (load, address, covered)
+        return None if best is None else best[2]
+
+
+def simulate(problem: Problem, order: tuple[int, ...], scratchpad: int, replacement: Replacement) -> Held:
+    """Run ``order`` (operators of ``problem``) under a replacement policy."""
+    step_of = steps_of(order)
+    uses = [sorted(step_of[user] for user in item.users) for item in problem.items]
+    pad = _Scratchpad(scratchpad, problem.alignment)
+    since: dict[int, int] = {}
+    stays: list[Stay] = []
+    addresses: list[int] = []
+    transient_addresses: list[tuple[int, ...]] = [()] * problem.n
+
+    def leave(item: int, step: int) -> None:
+        stays.append(Stay(item, since.pop(item), step))
+        addresses.append(pad.taken.pop(item)[0])
+
+    for step, operator in enumerate(order):
+        own = problem.touched[operator]
+        sizes = {item: problem.items[item].size for item in own}
+        transients = [-1 - position for position in range(len(problem.transients[operator]))]
+        sizes |= {key: size for key, (_, size) in zip(transients, problem.transients[operator], strict=True)}
+        distance = {item: uses[item][bisect_right(uses[item], step)] for item in since if item not in sizes}
+
+        while True:
+            wanted = sorted((key for key in sizes if key not in since), key=lambda key: (-sizes[key], key))
+            trial = pad.copy()
+            evicted = _make_room(trial, wanted, sizes, distance, replacement)
+            if evicted is not None:
+                break
+            inside = [item for item in own if item in since]
+            if inside:
+                leave(min(inside, key=lambda item: (sizes[item], item)), step)
+                continue
+            # Nothing of the step's own is left inside, yet the order of sizes does not pack: start afresh.
+            trial, evicted = _stacked(sizes, scratchpad, problem.alignment), list(distance)
+            break
+        for item in evicted:
+            leave(item, step)
+        pad = trial
+        for item in own:
+            since.setdefault(item, step)
+        transient_addresses[operator] = tuple(pad.taken.pop(key)[0] for key in transients)
+        for item in own:
+            if uses[item][-1] == step:
+                leave(item, step + 1)
+    return Held(tuple(stays), tuple(addresses), tuple(transient_addresses))
+
+
+def _make_room(
+    pad: _Scratchpad, wanted: list[int], sizes: dict[int, int], distance: dict[int, int], replacement: Replacement
+) -> list[int] | None:
+    """Place ``wanted`` in ``pad``, evicting from ``distance`` (item to next use); None where it cannot be done."""
+    evicted: list[int] = []
+    for key in wanted:
+        while (address := pad.best_fit(sizes[key])) is None:
+            removable = {item for item in distance if item in pad.taken}
+            if replacement == "greedy":
+                victims = pad.cheapest_window(sizes[key], removable)
+            elif removable:
+                victims = {max(removable, key=lambda item: (distance[item], -item))}
+            else:
+                victims = None
+            if victims is None:
+                return None
+            for item in victims:
+                del pad.taken[item]
+            evicted += sorted(victims)
+        pad.put(key, address, sizes[key])
+    return evicted
+
+
+def _stacked(sizes: dict[int, int], scratchpad: int, alignment: int) -> _Scratchpad:
+    """A step's tensors one on the other; the one that its alignment would pad most goes on top."""
+    pad = _Scratchpad(scratchpad, alignment)
+    address = 0
+    for key in sorted(sizes, key=lambda key: (-sizes[key] % alignment, key)):
+        pad.put(key, address, sizes[key])
+        address = -(-(address + sizes[key]) // alignment) * alignment
+    return pad

@@ -1,0 +1,34 @@
+"""Every script of examples/ runs as a user would run it, and prints what it promises."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+PROMISES = {
+    "plan_an_onnx_file.py": ("wrote plan.json and report.html", ("plan.json", "report.html")),
+    "plan_a_torchvision_model.py": ("at M_R:", ()),
+    "plan_any_graph.py": ("bytes spilled and retrieved, optimal", ("graph.json",)),
+    "compare_budgets.py": ("mpmf, greedy:", ()),
+    "run_and_check.py": ("outputs equal in every bit", ()),
+}
+
+
+def test_each_example_promises_something():
+    assert {script.name for script in SCRIPTS} == set(PROMISES)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_example_runs_and_keeps_its_promise(script, tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    line, files = PROMISES[script.name]
+    assert line in done.stdout
+    for name in files:
+        assert (tmp_path / name).stat().st_size > 0
