@@ -42,7 +42,7 @@ define make_venv
 	  say "no Python 3.11, 3.12 or 3.13 found; run 'apt install python3 python3-venv', or give PYTHON=..., then make again"; \
 	  exit 1; \
 	fi; \
-	touch $(1)/.made-by-make
+	touch $(1)/.made-by-make; echo '*' > $(1)/.gitignore
 endef
 
 PIP := -m pip --disable-pip-version-check install --quiet --constraint constraints.txt

@@ -105,8 +105,8 @@ def hard_file(models) -> Path:
     tensors = [Tensor("in", 50, "input")]
     operators = []
     made = ["in"]
-    for i in range(160):
-        inputs = tuple(dict.fromkeys(dice.choice(made[-40:]) for _ in range(3)))
+    for i in range(60):
+        inputs = tuple(dict.fromkeys(dice.choice(made[-20:]) for _ in range(3)))
         tensors.append(Tensor(f"t{i}", dice.randint(20, 100)))
         operators.append(Operator(f"op{i}", "Mix", inputs, (f"t{i}",)))
         made.append(f"t{i}")

@@ -8,6 +8,7 @@ work is imported when it runs, so that ``retensor -h`` is quick.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from types import TracebackType
@@ -28,7 +29,15 @@ _UsageError: type[Exception] = next(base for base in typer.BadParameter.__mro__ 
 
 def main() -> None:
     """Run the command line with this process's arguments and exit."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    # All is said and written: a Ctrl-C that comes late changes nothing any more.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if code == INTERRUPTED:
+        # A solver's thread may still be inside C++; an interpreter that is torn down around it aborts.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -49,7 +58,10 @@ def run(arguments: Sequence[str]) -> int:
     try:
         code = _guarded(arguments, as_json, app)
         sys.stdout.flush()
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit) as error:
+        # Typer and rich make SystemExit of a broken pipe.
+        if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
+            raise
         # Whoever read the output has read enough (``| head``); files are written before anything is printed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
@@ -59,7 +71,11 @@ def run(arguments: Sequence[str]) -> int:
 def _guarded(arguments: Sequence[str], as_json: bool, app: typer.Typer) -> int:
     """Run the command and turn what it raises into a sentence and an exit code."""
     try:
-        return app(list(arguments), prog_name="retensor", standalone_mode=False) or 0
+        code = int(app(list(arguments), prog_name="retensor", standalone_mode=False) or 0)
+        # Newer Typers turn Ctrl-C into this code and say nothing.
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        return code
     except InfeasibleError as error:
         if as_json:
             print_json(
@@ -85,7 +101,7 @@ def _guarded(arguments: Sequence[str], as_json: bool, app: typer.Typer) -> int:
             raise
         sentence = str(error)
     except (KeyboardInterrupt, typer.Abort):
-        sentence = "stopped before there was a result"
+        sentence = "stopped by Ctrl-C"
         if as_json:
             print_json({"status": "interrupted", "error": sentence})
         print_error(sentence)

@@ -79,10 +79,12 @@ def describe(state: Progress, seconds: float) -> str:
     parts = [f"{state.stage} {state.done}/{state.total}" if state.total > 1 else state.stage]
     if state.incumbent is not None:
         parts.append(f"best {format_bytes(state.incumbent)}")
-    if state.bound is not None:
-        parts.append(f"bound {format_bytes(state.bound)}")
-    if state.incumbent is not None and state.bound is not None:
-        gap = 0.0 if state.incumbent <= state.bound else (state.incumbent - state.bound) / state.incumbent
+    # A solver's first bound of a quantity that cannot be negative may be.
+    bound = None if state.bound is None else max(0, state.bound)
+    if bound is not None:
+        parts.append(f"bound {format_bytes(bound)}")
+    if state.incumbent is not None and bound is not None:
+        gap = 0.0 if state.incumbent <= bound else (state.incumbent - bound) / state.incumbent
         parts.append(f"gap {percent(gap)}")
     parts.append(f"{seconds:.0f} s, Ctrl-C keeps the best")
     return " · ".join(parts)

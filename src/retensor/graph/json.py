@@ -51,7 +51,7 @@ def graph_to_json(graph: Graph) -> dict[str, Any]:
         if tensor.dtype is not None:
             entry["dtype"] = tensor.dtype
         tensors.append(entry)
-    operators = []
+    operators: list[dict[str, Any]] = []
     for operator in graph.operators:
         entry = {
             "name": operator.name,
@@ -62,7 +62,7 @@ def graph_to_json(graph: Graph) -> dict[str, Any]:
         if operator.nodes:
             entry["nodes"] = list(operator.nodes)
         operators.append(entry)
-    form = {
+    form: dict[str, Any] = {
         "schema": SCHEMA,
         "name": graph.name,
         "tensors": tensors,

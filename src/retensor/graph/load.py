@@ -58,7 +58,7 @@ def load(
     --------
     >>> graph = load("onnx:squeezenet", dtype="int8")
     >>> graph.name, len(graph.operators), graph.operators[0].kind
-    ('squeezenet', 40, 'Conv+Relu')
+    ('squeezenet', 39, 'Conv+Relu')
     """
     if not isinstance(source, (str, os.PathLike)):
         return _from_torch(source, inputs, dtype, fuse, in_place)

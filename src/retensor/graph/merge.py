@@ -20,29 +20,34 @@ from dataclasses import dataclass, field
 
 from retensor.graph.structure import Graph, Operator, Tensor
 
-_CONVOLUTIONS = frozenset(
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_CONVOLUTIONS = _words(
     "Conv ConvTranspose ConvInteger QLinearConv conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d "
-    "conv_transpose3d".split()
+    "conv_transpose3d"
 )
-_NORMALISATIONS = frozenset(
-    "BatchNormalization batch_norm _native_batch_norm_legit_no_training native_batch_norm cudnn_batch_norm".split()
+_NORMALISATIONS = _words(
+    "BatchNormalization batch_norm _native_batch_norm_legit_no_training native_batch_norm cudnn_batch_norm"
 )
-_AFFINE = frozenset("Mul Add Sub Div mul add sub div".split())
-_GATES = frozenset("Sigmoid HardSigmoid sigmoid hardsigmoid".split())
-_PRODUCTS = frozenset("Mul mul".split())
-_ACTIVATIONS = frozenset(
+_AFFINE = _words("Mul Add Sub Div mul add sub div")
+_GATES = _words("Sigmoid HardSigmoid sigmoid hardsigmoid")
+_PRODUCTS = _words("Mul mul")
+_ACTIVATIONS = _words(
     "Relu LeakyRelu PRelu Sigmoid HardSigmoid HardSwish Clip Tanh Elu Selu Celu Gelu Silu Swish Mish Softplus Softsign "
     "ThresholdedRelu "
     "relu relu6 leaky_relu prelu sigmoid hardsigmoid hardswish hardtanh clamp clamp_min clamp_max tanh elu selu celu "
-    "gelu silu mish softplus softsign threshold".split()
+    "gelu silu mish softplus softsign threshold"
 )
-_ELEMENTWISE = _ACTIVATIONS | frozenset(
-    "Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast Ceil Cos Cosh Erf Exp Floor IsInf IsNaN Log Neg Not Reciprocal "
-    "Round Shrink Sign Sin Sinh Sqrt Tan "
+_ELEMENTWISE = _ACTIVATIONS | _words(
+    "Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast Ceil Cos Cosh Erf Exp Floor IsInf IsNaN Log "
+    "Neg Not Reciprocal Round Shrink Sign Sin Sinh Sqrt Tan "
     "abs acos acosh asin asinh atan atanh bitwise_not ceil cos cosh erf exp expm1 floor log log1p log2 log10 "
     "logical_not neg reciprocal round rsqrt sign sin sinh sqrt square tan trunc "
     # With a number, or the tensor itself, for the other argument these have one tensor only.
-    "Add Sub Mul Div Max Min Sum add sub mul div pow".split()
+    "Add Sub Mul Div Max Min Sum add sub mul div pow"
 )
 
 

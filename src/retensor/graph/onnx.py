@@ -17,18 +17,8 @@ from onnx import NodeProto
 
 from retensor.errors import GraphError, RetensorError
 from retensor.graph.merge import merge
-from retensor.graph.onnx_file import (
-    ELEMENTS,
-    FLOATING,
-    OnnxModel,
-    ValueType,
-    domain_of,
-    kind_of,
-    read_model,
-    reads,
-    reason,
-    shown,
-)
+from retensor.graph.onnx_file import ELEMENTS, FLOATING, OnnxModel, ValueType, read_model
+from retensor.graph.onnx_node import domain_of, kind_of, reads, reason, shown
 from retensor.graph.onnx_program import OnnxProgram
 from retensor.graph.onnx_shapes import Shapes, attribute_of, input_types, optional_outputs, sorted_nodes
 from retensor.graph.structure import LARGEST_TENSOR, Graph, Operator, Role, Tensor
@@ -83,6 +73,8 @@ def load_onnx(
     ------
     GraphError
         Where the file is no well-formed ONNX model, or some tensor has no static shape.
+    ValueError
+        Where ``dtype`` is unknown.
 
     Examples
     --------
@@ -99,7 +91,7 @@ def load_onnx(
     (['Relu', 'Exp'], {'b': 'a'})
     """
     if dtype is not None and dtype not in DTYPES:
-        raise GraphError(f"unknown element type '{shown(str(dtype))}'; one of {', '.join(DTYPES)} is allowed")
+        raise ValueError(f"unknown element type '{shown(str(dtype))}'; one of {', '.join(DTYPES)} is allowed")
     try:
         model = read_model(path)
         nodes = sorted_nodes(model)
@@ -110,7 +102,7 @@ def load_onnx(
         raise
     except Exception as error:
         # The file is not to be trusted, and the libraries under this raise whatever they meet.
-        raise GraphError(f"cannot read '{path}' as an ONNX model: {type(error).__name__}: {reason(error)}") from error
+        raise GraphError(f"'{path}' is not a well-formed ONNX model: {type(error).__name__}: {reason(error)}") from error
     options = {
         "fuse": fuse,
         "in_place": in_place,
@@ -197,8 +189,10 @@ class _Builder:
             return before == after
         if node.op_type == "Transpose":
             order = attribute_of(node, "perm", list(reversed(range(len(before.shape)))))
+            if sorted(order) != list(range(len(before.shape))):
+                return False
             moved = [axis for axis in order if before.shape[axis] != 1]
-            return moved == sorted(moved) or before.count == 0
+            return moved == sorted(moved) or before.elements == 0
         if node.op_type == "Dropout":
             return not any(value in used for value in node.output[1:]) and not self._trains(node)
         return False
@@ -265,8 +259,8 @@ class _Builder:
         if kind is None:
             why = self.shapes.unknown.get(value, "nothing tells it")
             raise GraphError(
-                f"tensor '{shown(value)}' has no static shape: {why}; fix the input shapes (--input name=1x3x224x224), "
-                "or export the model with static shapes"
+                f"tensor '{shown(value)}' has no static shape: {why}; "
+                "only a model whose shapes are all known beforehand can be planned"
             )
         return kind
 
@@ -283,7 +277,7 @@ class _Builder:
         title, bits = ELEMENTS[kind.element]
         if self.dtype is not None and kind.element in FLOATING:
             title, bits = self.dtype, DTYPES[self.dtype]
-        nbytes = (kind.count * bits + 7) // 8
+        nbytes = (kind.elements * bits + 7) // 8
         if nbytes > LARGEST_TENSOR:
             size = "x".join(map(str, kind.shape))
             raise GraphError(f"tensor '{shown(name)}' ({size}) has {nbytes:,} bytes; up to 2**50 are allowed")

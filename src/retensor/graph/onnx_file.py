@@ -1,8 +1,8 @@
 """Reading an ONNX file as something to distrust: the bytes on disk become a checked model without its weights.
 
-Everything later (shape inference in C++, ONNX Runtime) assumes well-formed nodes, so what the file says is
-checked here first: versions, names, node signatures against the operator schemas, sizes of dimensions, where
-external data lies. Weights stay on disk: only their shapes are kept, and :func:`tensor_bytes` fetches them.
+Everything later (shape inference in C++, ONNX Runtime) assumes a well-formed model, so what the file says is
+checked here first: versions, names, nodes, sizes of dimensions, where external data lies. Weights stay on disk:
+only their shapes are kept, and :func:`tensor_bytes` fetches the rest.
 """
 
 from __future__ import annotations
@@ -10,26 +10,24 @@ from __future__ import annotations
 import os
 import stat
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
 import onnx.inliner
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from retensor.errors import GraphError
+from retensor.graph.onnx_node import check_dimensions, check_node, domain_of, reason, shown, subgraphs
 from retensor.graph.structure import Bytes
 
-LARGEST_DIMENSION = 2**31 - 1
 LARGEST_FILE = 2**31 - 1
 MOST_NODES = 250_000
 # A tensor up to this many bytes is kept in the model, because shape inference may want its values.
 _SMALL = 4096
-_DEFAULT_DOMAINS = ("", "ai.onnx")
 
 # ONNX's number of an element type: NumPy's (or ml_dtypes') name and the bits of one element.
 ELEMENTS: Mapping[int, tuple[str, int]] = {
@@ -69,14 +67,14 @@ class ValueType(NamedTuple):
     shape: tuple[int, ...]
 
     @property
-    def count(self) -> int:
+    def elements(self) -> int:
         """Number of elements."""
         return count_elements(self.shape)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the value; elements under a byte are packed."""
-        return (self.count * ELEMENTS[self.element][1] + 7) // 8
+        return (self.elements * ELEMENTS[self.element][1] + 7) // 8
 
 
 @dataclass
@@ -115,6 +113,7 @@ class OnnxModel:
             raise GraphError(f"'{self.path}' changed since it was loaded; load it again")
 
     def __getstate__(self) -> dict[str, Any]:
+        """Weights are read again wherever a copy of the model goes."""
         return {**self.__dict__, "_weights": None}
 
 
@@ -124,18 +123,6 @@ def count_elements(shape: Iterable[int]) -> int:
     for size in shape:
         count *= size
     return count
-
-
-def shown(name: str, limit: int = 80) -> str:
-    """A name from a file, made fit for one line of a message."""
-    text = "".join(letter if letter.isprintable() else "?" for letter in str(name)[: limit + 1])
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def reason(error: BaseException) -> str:
-    """The first line of what a library said, made fit for a sentence."""
-    lines = str(error).strip().splitlines()
-    return shown(lines[0].strip(), 200) if lines else type(error).__name__
 
 
 def read_model(path: str | os.PathLike[str]) -> OnnxModel:
@@ -207,7 +194,8 @@ def _stamp(path: Path) -> tuple[int, int]:
         raise GraphError(f"'{path}' is empty, not an ONNX model")
     if status.st_size > LARGEST_FILE:
         raise GraphError(
-            f"'{path}' has {status.st_size:,} bytes and an ONNX file has less than 2 GiB; keep its weights as external data"
+            f"'{path}' has {status.st_size:,} bytes and an ONNX file has less than 2 GiB; "
+            "keep its weights as external data"
         )
     return status.st_size, status.st_mtime_ns
 
@@ -228,7 +216,7 @@ def _parse(path: Path) -> ModelProto:
 def _opsets(model: ModelProto, path: Path) -> dict[str, int]:
     opsets: dict[str, int] = {}
     for entry in model.opset_import:
-        domain = "" if entry.domain in _DEFAULT_DOMAINS else entry.domain
+        domain = domain_of(entry)
         if opsets.setdefault(domain, entry.version) != entry.version:
             raise GraphError(f"'{path}' imports two versions of the operator set '{shown(domain or 'ai.onnx')}'")
     if not opsets:
@@ -242,7 +230,8 @@ def _opsets(model: ModelProto, path: Path) -> dict[str, int]:
             )
     if not 0 <= model.ir_version <= onnx.IR_VERSION:
         raise GraphError(
-            f"'{path}' has IR version {model.ir_version}; the installed onnx knows up to {onnx.IR_VERSION}: upgrade onnx"
+            f"'{path}' has IR version {model.ir_version}; the installed onnx knows up to {onnx.IR_VERSION}: "
+            "upgrade onnx"
         )
     return opsets
 
@@ -299,7 +288,7 @@ def _inlined(model: ModelProto, path: Path) -> ModelProto:
     for function in model.functions:
         opsets = {entry.domain: entry.version for entry in function.opset_import}
         for node in function.node:
-            check_node(node, {**{domain: 1 for domain in imported}, **opsets}, inside_function=True)
+            check_node(node, {**dict.fromkeys(imported, 1), **opsets}, inside_function=True)
         for entry in function.opset_import:
             if entry.domain not in imported:
                 model.opset_import.append(entry)
@@ -308,137 +297,6 @@ def _inlined(model: ModelProto, path: Path) -> ModelProto:
     except Exception as error:
         raise GraphError(f"the functions of '{path}' cannot be unfolded: {reason(error)}") from None
     return inlined
-
-
-def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
-    """The graphs among a node's attributes (bodies of If, Loop and Scan)."""
-    for attribute in node.attribute:
-        if attribute.type == AttributeProto.GRAPH:
-            yield attribute.g
-        elif attribute.type == AttributeProto.GRAPHS:
-            yield from attribute.graphs
-
-
-def reads(node: NodeProto) -> list[str]:
-    """Names of the values a node reads, those its subgraphs capture included, each once."""
-    names = dict.fromkeys(name for name in node.input if name)
-    for body in subgraphs(node):
-        names.update(dict.fromkeys(_captured(body)))
-    return list(names)
-
-
-def _captured(graph: GraphProto) -> list[str]:
-    known = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
-    known |= {tensor.values.name for tensor in graph.sparse_initializer}
-    wanted: dict[str, None] = {}
-    for node in graph.node:
-        known.update(node.output)
-        wanted.update(dict.fromkeys(reads(node)))
-    wanted.update(dict.fromkeys(value.name for value in graph.output))
-    return [name for name in wanted if name and name not in known]
-
-
-@lru_cache(maxsize=4096)
-def schema_of(kind: str, version: int, domain: str) -> Any:
-    """The operator schema in force at ``version``, or None where onnx has none."""
-    try:
-        return onnx.defs.get_schema(kind, version, domain)
-    except Exception:  # SchemaError is not exported by every version
-        return None
-
-
-def domain_of(node: NodeProto) -> str:
-    """A node's domain, the default one as the empty string."""
-    return "" if node.domain in _DEFAULT_DOMAINS else node.domain
-
-
-def kind_of(node: NodeProto) -> str:
-    """What a node computes, with the domain where it is not ONNX's own."""
-    domain = domain_of(node)
-    return f"{domain}.{node.op_type}" if domain else str(node.op_type)
-
-
-@lru_cache(maxsize=4096)
-def _signature(kind: str, version: int, domain: str) -> Any:
-    schema = schema_of(kind, version, domain)
-    if schema is None:
-        return None
-    variadic = onnx.defs.OpSchema.FormalParameterOption.Variadic
-    single = onnx.defs.OpSchema.FormalParameterOption.Single
-    needed = [parameter.option == single for parameter in schema.inputs]
-    open_ended = bool(schema.inputs) and schema.inputs[-1].option == variadic
-    attributes = {name: (int(a.type), bool(a.required)) for name, a in schema.attributes.items()}
-    bounds = (schema.min_input, schema.max_input, schema.min_output, schema.max_output)
-    return bounds, needed, open_ended, attributes, [name for name, (_, must) in attributes.items() if must]
-
-
-def check_node(node: NodeProto, opsets: Mapping[str, int], inside_function: bool = False) -> None:
-    """Hold a node against its schema; inference in C++ takes the number and type of arguments for granted.
-
-    Raises
-    ------
-    GraphError
-    """
-    where = f"node '{shown(node.name)}' ({shown(kind_of(node))})"
-    if not node.op_type:
-        raise GraphError(f"{where} names no operator type")
-    domain = domain_of(node)
-    version = opsets.get(domain)
-    if version is None:
-        raise GraphError(f"{where} is of operator set '{shown(domain or 'ai.onnx')}', which the model does not import")
-    for attribute in node.attribute:
-        if attribute.ref_attr_name and not inside_function:
-            raise GraphError(f"{where} refers to a function's attribute outside of any function")
-        if attribute.type == AttributeProto.TENSOR:
-            check_dimensions(attribute.t.dims, where)
-        elif attribute.type == AttributeProto.SPARSE_TENSOR:
-            check_dimensions(attribute.sparse_tensor.dims, where)
-    for body in subgraphs(node):
-        for tensor in body.initializer:
-            check_dimensions(tensor.dims, where)
-        for inner in body.node:
-            check_node(inner, opsets, inside_function)
-    signature = _signature(node.op_type, version, domain)
-    if signature is None:
-        if domain == "":
-            raise GraphError(f"{where} is no operator of the ONNX operator set {version}")
-        return
-    (least_in, most_in, least_out, most_out), needed, open_ended, attributes, required = signature
-    if not least_in <= len(node.input) <= most_in:
-        raise GraphError(f"{where} has {len(node.input)} inputs; {least_in} to {most_in} are allowed")
-    if not least_out <= len(node.output) <= most_out:
-        raise GraphError(f"{where} has {len(node.output)} outputs; {least_out} to {most_out} are allowed")
-    for position, name in enumerate(node.input):
-        if not name and (position >= len(needed) - open_ended or needed[position]):
-            raise GraphError(f"{where} leaves its input {position} out, which it needs")
-    present: set[str] = set()
-    for attribute in node.attribute:
-        if attribute.name in present:
-            raise GraphError(f"{where} has its attribute '{shown(attribute.name)}' twice")
-        present.add(attribute.name)
-        known = attributes.get(attribute.name)
-        if known is None:
-            if not attribute.name.startswith("__"):
-                raise GraphError(
-                    f"{where} has an attribute '{shown(attribute.name)}', which the operator does not know"
-                )
-        elif attribute.type != known[0]:
-            raise GraphError(f"{where} has its attribute '{shown(attribute.name)}' of the wrong type")
-    for name in required:
-        if name not in present:
-            raise GraphError(f"{where} lacks its attribute '{name}'")
-
-
-def check_dimensions(dimensions: Sequence[int], where: str) -> None:
-    """Refuse negative and absurd dimensions.
-
-    Raises
-    ------
-    GraphError
-    """
-    for size in dimensions:
-        if not 0 <= size <= LARGEST_DIMENSION:
-            raise GraphError(f"{where} has a dimension of {size:,}; 0 to 2**31 - 1 are allowed")
 
 
 def is_external(tensor: TensorProto) -> bool:
@@ -529,8 +387,8 @@ def tensor_bytes(tensor: TensorProto, model: Path) -> Bytes:
         stored = len(tensor.float_data) + len(tensor.int32_data) + len(tensor.int64_data)
         stored += len(tensor.double_data) + len(tensor.uint64_data)
         # Asked before decoding, so that a false shape never makes the memory for it.
-        if stored != kind.count * (2 if kind.element in (14, 15) else 1):
-            raise GraphError(f"constant '{shown(tensor.name)}' holds {stored:,} numbers for {kind.count:,} elements")
+        if stored != kind.elements * (2 if kind.element in (14, 15) else 1):
+            raise GraphError(f"constant '{shown(tensor.name)}' holds {stored:,} numbers for {kind.elements:,} elements")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

@@ -19,23 +19,16 @@ import numpy.typing as npt
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from retensor.errors import GraphError
-from retensor.graph.onnx_file import (
-    ELEMENTS,
-    OnnxModel,
-    ValueType,
-    external_file,
-    is_external,
-    reads,
-    reason,
-    shown,
-    subgraphs,
-    tensor_bytes,
-)
+from retensor.graph.onnx_file import ELEMENTS, OnnxModel, ValueType, external_file, is_external, tensor_bytes
+from retensor.graph.onnx_node import reads, reason, shown, subgraphs
 from retensor.graph.onnx_shapes import Shapes, value_info
 from retensor.graph.structure import Bytes, Operator, Tensor
 
 KEPT_BYTES = 64 * 2**20
 """Bytes of evaluated constants and of weights that are kept for the next operator that reads them."""
+
+MOST_SESSIONS = 1024
+"""Operators whose ONNX Runtime session is kept for the next run."""
 
 # What ONNX Runtime takes from NumPy; other elements (bfloat16, float8) pass as raw bytes of the same width.
 _NATIVE = frozenset({1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13})
@@ -83,6 +76,7 @@ class OnnxProgram:
         tensors: Mapping[str, Tensor],
         threads: int = 1,
     ) -> None:
+        """Nothing is built or read before it is asked for."""
         self.threads = threads
         self.outputs = tuple(model.outputs)
         self._model = model
@@ -92,11 +86,12 @@ class OnnxProgram:
         self._constants = shapes.constants
         self._storage = dict(storage)
         self._inputs = tuple(name for name in model.inputs if name in tensors)
-        self._pieces: dict[tuple[str, tuple[str, ...], tuple[str, ...]], _Piece] = {}
+        self._pieces: OrderedDict[tuple[str, ...], _Piece] = OrderedDict()
         self._kept: OrderedDict[str, Bytes] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pieces": {}, "_kept": OrderedDict()}
+        """Sessions stay where they are; a copy builds its own."""
+        return {**self.__dict__, "_pieces": OrderedDict(), "_kept": OrderedDict()}
 
     def example_inputs(self, seed: int) -> dict[str, Bytes]:
         """Random bytes of every input: standard normal floats, integers and booleans of 0 and 1.
@@ -115,13 +110,15 @@ class OnnxProgram:
             kind = self._types[name]
             title, bits = ELEMENTS[kind.element]
             if title in ("float16", "float32", "float64"):
-                values: npt.NDArray[Any] = random.standard_normal(kind.count).astype(title)
+                values: npt.NDArray[Any] = random.standard_normal(kind.elements).astype(title)
             elif title == "bfloat16":
-                values = (random.standard_normal(kind.count).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+                values = (random.standard_normal(kind.elements).astype(np.float32).view(np.uint32) >> 16).astype(
+                    np.uint16
+                )
             elif kind.element in _NATIVE:
-                values = random.integers(0, 2, kind.count).astype(title)
+                values = random.integers(0, 2, kind.elements).astype(title)
             elif title.startswith("complex"):
-                values = random.standard_normal(2 * kind.count).astype(f"float{bits // 2}")
+                values = random.standard_normal(2 * kind.elements).astype(f"float{bits // 2}")
             else:
                 # Elements of a byte or less: zeros are numbers at each of these types, ones may not be.
                 values = np.zeros(kind.nbytes, np.uint8)
@@ -277,6 +274,9 @@ class OnnxProgram:
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 4
+        # There is a session for each operator: none keeps memory of its own between runs.
+        options.enable_cpu_mem_arena = False
+        options.enable_mem_pattern = False
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
@@ -298,7 +298,8 @@ class OnnxProgram:
                 given[value] = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, kind.element)
             else:
                 raise GraphError(
-                    f"{what} reads '{shown(value)}' of type {ELEMENTS[kind.element][0]}, which cannot be passed to ONNX Runtime"
+                    f"{what} reads '{shown(value)}', whose type {ELEMENTS[kind.element][0]} "
+                    "cannot be passed to ONNX Runtime"
                 )
         try:
             made = session.run_with_ort_values(list(wanted), given)
@@ -319,13 +320,16 @@ class OnnxProgram:
         return results
 
     def _piece(self, operator: Operator) -> _Piece:
-        key = (operator.name, operator.nodes, operator.outputs)
+        key = (*operator.nodes, "", *operator.outputs)
         if key not in self._pieces:
             missing = next((name for name in operator.nodes if name not in self._nodes), None)
             if missing is not None or not operator.nodes:
                 raise GraphError(f"operator '{shown(operator.name)}' is none of the model's")
             nodes = [self._nodes[name] for name in operator.nodes]
             self._pieces[key] = self._model_of(nodes, operator.outputs, f"operator '{shown(operator.name)}'")
+            if len(self._pieces) > MOST_SESSIONS:
+                self._pieces.popitem(last=False)
+        self._pieces.move_to_end(key)
         return self._pieces[key]
 
     def _model_of(self, nodes: Sequence[NodeProto], wanted: Sequence[str], what: str) -> _Piece:
@@ -395,7 +399,7 @@ class OnnxProgram:
             raise GraphError(f"sparse constant '{shown(name)}' has elements under a byte, which is not supported")
         values = tensor_bytes(sparse.values, self._model.path).reshape(-1, bits // 8)
         indices = tensor_bytes(sparse.indices, self._model.path).view(np.int64).reshape(tuple(sparse.indices.dims))
-        dense = np.zeros((kind.count, bits // 8), np.uint8)
+        dense = np.zeros((kind.elements, bits // 8), np.uint8)
         with contextlib.suppress(IndexError, ValueError):
             flat = np.ravel_multi_index(tuple(indices.T), kind.shape) if indices.ndim == 2 else indices
             dense[flat] = values
@@ -447,7 +451,7 @@ class OnnxProgram:
     def _measured(self, node: NodeProto) -> Bytes:
         shape = self._types[node.input[0]].shape
         if node.op_type == "Size":
-            return np.asarray([self._types[node.input[0]].count], np.int64).view(np.uint8)
+            return np.asarray([self._types[node.input[0]].elements], np.int64).view(np.uint8)
         bounds = {attribute.name: attribute.i for attribute in node.attribute}
         return np.asarray(shape[bounds.get("start") : bounds.get("end")], np.int64).view(np.uint8)
 

@@ -19,20 +19,8 @@ import onnx.shape_inference
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, TypeProto, numpy_helper
 
 from retensor.errors import GraphError
-from retensor.graph.onnx_file import (
-    ELEMENTS,
-    LARGEST_DIMENSION,
-    OnnxModel,
-    ValueType,
-    domain_of,
-    kind_of,
-    reads,
-    reason,
-    schema_of,
-    shown,
-    subgraphs,
-    tensor_bytes,
-)
+from retensor.graph.onnx_file import ELEMENTS, OnnxModel, ValueType, is_external, tensor_bytes
+from retensor.graph.onnx_node import LARGEST_DIMENSION, domain_of, kind_of, reads, reason, schema_of, shown, subgraphs
 
 EVALUATED_BYTES = 16 * 2**20
 """Bytes of constants that may be evaluated to learn the shapes of one model."""
@@ -40,16 +28,19 @@ _GIVEN_ELEMENTS = 1024
 
 Array = npt.NDArray[Any]
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Operators that are evaluated while loading: shape arithmetic, linear in what they read and write.
-_CHEAP = frozenset(
+_CHEAP = _words(
     "Abs Add And Cast CastLike Ceil Clip Compress Concat Constant ConstantOfShape CumSum Div Equal Expand Flatten "
     "Floor Gather GatherElements GatherND Greater GreaterOrEqual Identity Less LessOrEqual Max Min Mod Mul Neg "
     "NonZero Not Or Pad Range ReduceMax ReduceMin ReduceProd ReduceSum Reshape Round ScatterElements ScatterND "
-    "Sign Size Slice Split Sqrt Squeeze Sub Tile Transpose Trilu Unsqueeze Where Xor".split()
+    "Sign Size Slice Split Sqrt Squeeze Sub Tile Transpose Trilu Unsqueeze Where Xor"
 )
-_RANDOM = frozenset(
-    "RandomNormal RandomNormalLike RandomUniform RandomUniformLike Multinomial Bernoulli Dropout".split()
-)
+_RANDOM = _words("RandomNormal RandomNormalLike RandomUniform RandomUniformLike Multinomial Bernoulli Dropout")
 
 
 def sorted_nodes(model: OnnxModel) -> list[NodeProto]:
@@ -147,13 +138,9 @@ def input_types(model: OnnxModel, given: Mapping[str, Sequence[int]] | None) -> 
             unfixed.append(name)
     if unfixed:
         listed = ", ".join(f"'{shown(name)}' ({_written(declared[name][1])})" for name in unfixed[:8])
-        flags = " ".join(
-            f"--input {shown(name)}={'x'.join(str(d) if isinstance(d, int) else str(d or 'N') for d in declared[name][1])}"
-            for name in unfixed[:8]
-        )
         raise GraphError(
-            f"the model leaves dimensions of its inputs open: {listed}; fix them with numbers for the names in "
-            f"{shown(flags, 400)}, as in --input name=1x3x224x224"
+            f"the model leaves dimensions of its inputs open: {listed}; fix them, as in "
+            f"--input {_example(unfixed[0], declared[unfixed[0]][1])}"
         )
     return types
 
@@ -165,10 +152,19 @@ def _checked_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
     for size in shape:
         if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or not 1 <= size <= LARGEST_DIMENSION:
             raise GraphError(
-                f"the shape of input '{shown(name)}' has a dimension {shown(repr(size), 30)}; 1 to 2**31 - 1 are allowed"
+                f"the shape of input '{shown(name)}' has a dimension {shown(repr(size), 30)}; "
+                "1 to 2**31 - 1 are allowed"
             )
         sizes.append(int(size))
     return tuple(sizes)
+
+
+def _example(name: str, dimensions: Sequence[int | str | None]) -> str:
+    """What to write on the command line for one input, open dimensions as a plain guess."""
+    sizes = [
+        str(size) if isinstance(size, int) else "1" if axis == 0 else "224" for axis, size in enumerate(dimensions)
+    ]
+    return f"{shown(name)}={'x'.join(sizes)}"
 
 
 def _written(dimensions: Sequence[int | str | None]) -> str:
@@ -227,6 +223,7 @@ class Shapes:
     """
 
     def __init__(self, model: OnnxModel, nodes: Sequence[NodeProto], inputs: Mapping[str, ValueType]) -> None:
+        """Infer every node in turn."""
         self.model = model
         self.types: dict[str, ValueType] = dict(inputs)
         self.constants: set[str] = set(model.initializers) | set(model.sparse)
@@ -291,7 +288,7 @@ class Shapes:
         try:
             data = tensor_bytes(self.model.weight(name), self.model.path)
             return data.view(np.dtype(ELEMENTS[kind.element][0])).reshape(kind.shape)
-        except TypeError:  # an element type NumPy does not know by name
+        except (GraphError, TypeError):  # its file is missing, or NumPy does not know the element type
             return None
 
     def _evaluate(self, node: NodeProto) -> None:
@@ -346,7 +343,9 @@ class Shapes:
         names = reads(node)
         blocked = next((name for name in names if name not in self.types), None)
         if blocked is not None:
-            why = f"it is made from '{shown(blocked)}', which has no static shape ({self.unknown.get(blocked, 'unknown')})"
+            cause = self.unknown.get(blocked, "unknown")
+            # The first cause is what helps, not the whole way from it.
+            why = cause if " made from " in cause else f"it is made from '{shown(blocked)}', where {cause}"
             self.unknown.update(dict.fromkeys(wanted, shown(why, 300)))
             self._declare(wanted)
             return
@@ -369,9 +368,11 @@ class Shapes:
         if name in self._values:
             return self._values[name]
         node = self.maker.get(name)
-        plain = name in self.model.initializers or (node is not None and node.op_type in ("Constant", "Shape"))
+        kept = self.model.initializers.get(name)
+        plain = kept is not None and not is_external(kept)
+        plain = plain or (node is not None and node.op_type in ("Constant", "Shape"))
         kind = self.types.get(name)
-        return self.value(name) if plain and kind is not None and kind.count <= _GIVEN_ELEMENTS else None
+        return self.value(name) if plain and kind is not None and kind.elements <= _GIVEN_ELEMENTS else None
 
     def _ask(self, node: NodeProto, names: Sequence[str], given: Mapping[str, Array]) -> None:
         """Infer ``node`` by onnx, with the values of some inputs, and take what comes out static."""
@@ -383,8 +384,8 @@ class Shapes:
             single.graph.input.append(value_info(name, self.types[name]))
         for name, value in given.items():
             if value.size <= 16 * _GIVEN_ELEMENTS:
-                single.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
-        why = "ONNX's shape inference does not cover it"
+                single.graph.initializer.append(numpy_helper.from_array(np.asarray(value, order="C"), name))
+        why = "its shape depends on the data, or ONNX's shape inference does not cover it"
         try:
             answer = onnx.shape_inference.infer_shapes(single.SerializeToString(), strict_mode=True)
         except Exception as error:

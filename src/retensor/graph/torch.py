@@ -101,7 +101,7 @@ def load_torch(
     trace = _Trace(exported)
     if isinstance(source, ExportedProgram) and inputs:
         _check_inputs(trace.input_layouts, inputs)
-    graph = trace.graph(name, dtype, {"fuse": False, "in_place": False, "dtype": dtype})
+    graph = trace.graph(name, dtype, {"fuse": fuse, "in_place": in_place, "dtype": dtype})
     if not fuse and not in_place:
         return graph
     from retensor.graph.merge import merge

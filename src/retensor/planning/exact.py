@@ -234,7 +234,8 @@ class _Search:
     def _without_addresses(self, problem: Problem) -> Answer:
         if self.fixed is not None:
             return self._evict(problem, self.fixed)
-        low = least_peak(problem, self.clock, seed=self.seed, workers=self.workers)
+        # A proof of the least peak is worth only part of the time: it tells whether no traffic is possible.
+        low = least_peak(problem, Clock(self.clock.left / 5), seed=self.seed, workers=self.workers)
         if low.peak <= self.capacity:
             return answer_from_evictions(problem, low.order, set(), 0)
         best = self._evict(problem, low.order)

@@ -53,6 +53,11 @@ _TRANSFER_FIELDS = ("tensor", "kind", "step", "bytes")
 def plan_to_json(plan: Plan) -> dict[str, Any]:
     """``plan`` as the object that its file holds.
 
+    Raises
+    ------
+    PlanError
+        Where the bound is negative, so that no gap can be told.
+
     Examples
     --------
     >>> plan = Plan("one", "0" * 64, 8, 1, False, ("relu",), (), (), 0, "by hand", 0.0)
@@ -61,6 +66,8 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
     >>> plan_from_json(plan_to_json(plan)) == plan
     True
     """
+    if plan.bound_bytes < 0:
+        raise PlanError(f"bound_bytes is out of range; 0 to {LARGEST_INT:,} is allowed")
     return {
         "schema": SCHEMA,
         "graph": {"name": plan.graph_name, "digest": plan.graph_digest, "options": dict(plan.graph_options)},

@@ -5,7 +5,9 @@ const root = document.documentElement;
 window.addEventListener("error", (event) => { root.dataset.status = `error: ${event.message}`; });
 window.addEventListener("securitypolicyviolation", (event) => { root.dataset.status = `error: blocked ${event.violatedDirective}`; });
 
-const data = JSON.parse(document.getElementById("plan").textContent);
+// Half a surrogate pair is a name Python allows and no page can show or address.
+const wellFormed = (key, value) => (typeof value === "string" && value.toWellFormed ? value.toWellFormed() : value);
+const data = JSON.parse(document.getElementById("plan").textContent, wellFormed);
 const $ = (id) => document.getElementById(id);
 const number = (value) => value.toLocaleString("en");
 const bytes = (value) => `${number(value)} B`;
@@ -113,8 +115,8 @@ function fillFacts() {
 // ---- legend, tooltip, details -----------------------------------------------------------------------------
 
 let dark = false, selected = null;
-function fillLegend() {
-  const fills = data.fills[dark ? "dark" : "light"], present = [...new Set(model.residencies.map((r) => model.tensors[r.tensor].role))].sort();
+function fillLegend(night) {
+  const fills = data.fills[night ? "dark" : "light"], present = [...new Set(model.residencies.map((r) => model.tensors[r.tensor].role))].sort();
   const items = present.map((role) => { const i = el("i"); i.style.background = `linear-gradient(90deg, ${fills[role][0]} 50%, ${fills[role][1]} 50%)`; return el("span", {}, i, roleName({ role })); });
   model.kinds.forEach((name, kind) => items.push(el("span", {}, glyphIcon(kind), `${name} (${number(model.byKind[kind].length)})`)));
   const dash = el("i"); dash.style.cssText = "height:0;border-radius:0;border-top:2px dashed var(--ink);width:16px";
@@ -128,7 +130,7 @@ function tipContent(target) {
   if (target.move) {
     const m = target.move, t = model.tensors[m.tensor];
     const others = model.byKind[m.kind].filter((o) => o.step === m.step && o !== m);
-    return [el("h3", {}, t.name), row(model.kinds[m.kind], bytes(m.nbytes)), row("before", `step ${number(m.step + 1)}, ${stepName(m.step)}`), row("", others.length ? `and ${others.length} more of this kind here` : "")];
+    return [el("h3", {}, t.name), row(model.kinds[m.kind], bytes(m.nbytes)), row("before", m.step < model.operators.length ? `step ${number(m.step + 1)}, ${stepName(m.step)}` : "the end"), row("", others.length ? `and ${others.length} more of this kind here` : "")];
   }
   if (target.operator !== undefined) {
     const op = model.operators[target.operator], sum = (list) => list.reduce((s, t) => s + model.tensors[t].nbytes, 0);
@@ -150,7 +152,7 @@ function hover(target, x, y, spoken = false) {
   const left = x + gap + box.width > innerWidth - 8 ? x - gap - box.width : x + gap;
   const top = y + gap + box.height > innerHeight - 8 ? y - gap - box.height : y + gap;
   tip.style.transform = `translate(${Math.max(8, Math.min(left, innerWidth - box.width - 8))}px, ${Math.max(8, top)}px)`;
-  if (spoken) $("live").textContent = [...tip.children].map((c) => c.textContent).join("; ");
+  if (spoken) $("live").textContent = [...tip.children].map((row) => [...row.childNodes].map((part) => part.textContent).join(" ")).join("; ");
 }
 
 function showDetails(tensor, operator) {
@@ -166,7 +168,7 @@ function showDetails(tensor, operator) {
     box.replaceChildren(...[el("h3", {}, t.name), row("role", roleName(t)), row("shape", t.shape ? t.shape.join(" × ") || "scalar" : ""), row("type", t.dtype ?? ""), row("bytes", number(t.nbytes)),
       row("moved", (() => { const sum = t.moves.filter((m) => m.kind < LOAD).reduce((s, m) => s + m.nbytes, 0); return sum ? `${formatBytes(sum)} not compulsory` : ""; })()),
       ...list(t.residencies.length === 1 ? "Stay" : "Stays", t.residencies.map((r) => toStep(r.start, `${range(r)} at ${place(r)}`))),
-      ...list("Transfers", t.moves.map((m) => toStep(Math.min(m.step, model.operators.length - 1), `${model.kinds[m.kind]} before step ${number(m.step + 1)}`))),
+      ...list("Transfers", t.moves.map((m) => toStep(Math.min(m.step, model.operators.length - 1), `${model.kinds[m.kind]} ${m.step < model.operators.length ? `before step ${number(m.step + 1)}` : "at the end"}`))),
       ...list("Made by", t.producer === null ? [] : [toStep(t.producer, stepName(t.producer))]),
       ...list("Read by", t.readers.map((i) => toStep(i, stepName(i)))),
       el("div", { class: "act" }, t.residencies.length ? el("button", { type: "button", onclick: () => chart.show(t.residencies[0].start, t.residencies.at(-1).end, t.residencies[0].address, t.residencies[0].top) }, "Zoom to it") : null, el("button", { type: "button", onclick: () => select(null, null) }, "Clear"))].filter(Boolean));
@@ -192,7 +194,7 @@ function select(tensor, operator, reveal = false) {
   }
   keepAddress(tensor === null ? (operator === null ? "" : `operator=${encodeName(model.operators[operator].name)}`) : `tensor=${encodeName(model.tensors[tensor].name)}`);
 }
-// A lone surrogate cannot be percent-encoded; such a name just gets no address.
+// Where a browser kept half a surrogate pair it cannot be percent-encoded; such a name gets no address.
 function encodeName(name) { try { return encodeURIComponent(name); } catch { return ""; } }
 
 // ---- tables -----------------------------------------------------------------------------------------------
@@ -223,10 +225,10 @@ function table(columns, rows, { sorted = 0, down = false } = {}) {
 }
 const columns = [{ title: "Kind", class: "kind" }, { title: "Tensor", class: "name" }, { title: "Bytes", class: "number", down: true }, { title: "Step", class: "number" }, { title: "Before operator", class: "name" }];
 const transferRow = (m) => {
-  const t = model.tensors[m.tensor], before = stepName(m.step);
+  const t = model.tensors[m.tensor], op = model.operators[m.step], before = op ? `${op.name} (${op.kind})` : "the end";
   return {
     keys: [m.kind, t.name, m.nbytes, m.step, before], text: `${t.name} ${before} ${model.kinds[m.kind]}`.toLowerCase(),
-    cells: () => [el("span", {}, glyphIcon(m.kind), model.kinds[m.kind]), el("button", { type: "button", class: "link", onclick: () => { select(m.tensor, null, true); $("picture").scrollIntoView({ block: "start" }); } }, t.name), number(m.nbytes), number(m.step + 1), before],
+    cells: () => [el("span", {}, glyphIcon(m.kind), model.kinds[m.kind]), el("button", { type: "button", class: "link", onclick: () => { select(m.tensor, null, true); $("picture").scrollIntoView({ block: "start" }); } }, t.name), number(m.nbytes), op ? number(m.step + 1) : "end", before],
   };
 };
 const tables = {};
@@ -288,7 +290,7 @@ function paint(printing = false) {
   chart.theme({ card: get("card"), ink: get("ink"), muted: get("muted"), line: get("line"), accent: get("accent"), label: night ? "#f4f7fb" : "#10151d", held: night ? "#2f4a70" : "#b9cbe4", operands: get("ours"), kinds: [get("spill"), get("retrieve"), get("plain"), get("plain")] }, data.fills[night ? "dark" : "light"]);
   $("theme").textContent = dark ? "Light" : "Dark";
   $("theme").setAttribute("aria-pressed", String(dark));
-  fillLegend();
+  fillLegend(night);
 }
 let chosenTheme = "";
 function keepAddress(part) {

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from retensor.files import write_atomic
 from retensor.graph.structure import Graph
-from retensor.planning.picture import KINDS, ROLES, check_graph, palette, role_of, shades, status_sentence
+from retensor.planning.appearance import KINDS, ROLES, check_graph, palette, role_of, shades, status_sentence
 from retensor.planning.plan import Plan
 from retensor.units import format_bytes
 
@@ -119,9 +119,7 @@ def _render(graph: Graph, plan: Plan, baselines: Sequence[tuple[str, Plan]], bou
     return re.sub(r"%%([A-Z_]+)%%", lambda match: parts[match[1]], _asset("report.html"))
 
 
-def _data(
-    graph: Graph, plan: Plan, baselines: Sequence[tuple[str, Plan]], bounds: BoundsLike | None
-) -> dict[str, Any]:
+def _data(graph: Graph, plan: Plan, baselines: Sequence[tuple[str, Plan]], bounds: BoundsLike | None) -> dict[str, Any]:
     """What the script draws, with tensors and operators as indices to keep large plans small."""
     table = {operator.name: operator for operator in graph.operators}
     steps = [table[name] for name in plan.order]
@@ -185,7 +183,9 @@ def _data(
             ]
             for name in names
         ],
-        "residencies": [v for stay in plan.residencies for v in (index[stay.tensor], stay.start, stay.end, stay.address)],
+        "residencies": [
+            v for stay in plan.residencies for v in (index[stay.tensor], stay.start, stay.end, stay.address)
+        ],
         "transfers": [v for t in plan.transfers for v in (index[t.tensor], KINDS.index(t.kind), t.step, t.nbytes)],
         "baselines": [
             {

@@ -115,7 +115,8 @@ function makeChart(canvas, model, on) {
     write("address", at.left, 15, { weight: "600", colour: ink.ink, size: 12 });
     const from = Math.max(1, Math.floor(view.x0) + 1), to = Math.min(steps, Math.ceil(view.x1));
     const note = `steps ${from.toLocaleString("en")} to ${to.toLocaleString("en")} of ${steps.toLocaleString("en")}`;
-    write(note, at.left + at.width, 15, { align: "right" });
+    const over = model.scratchpad > view.y1 * 1.0001 ? `scratchpad ends above, at ${formatBytes(model.scratchpad)}` : "";
+    write(over && !at.small ? `${over}  ·  ${note}` : note, at.left + at.width, 15, { align: "right" });
   }
 
   function drawMap() {
@@ -126,7 +127,7 @@ function makeChart(canvas, model, on) {
         if (r.end <= view.x0 || r.start >= view.x1 || r.top < view.y0 || r.address > view.y1) continue;
         let x = X(r.start), y = Y(r.top), w = X(r.end) - x, h = Y(r.address) - y;
         const tensor = model.tensors[r.tensor], own = related(r.tensor);
-        ctx.globalAlpha = own === false ? 0.2 : 1;
+        ctx.globalAlpha = own === false && hovered?.residency !== r ? 0.2 : 1;
         ctx.fillStyle = fills[tensor.role][tensor.shade];
         // A hairline of the ground keeps neighbours apart where there is room for one.
         if (w > 3) { x += 0.5; w -= 1; }
@@ -215,27 +216,26 @@ function makeChart(canvas, model, on) {
 
   function drawMoves() {
     write("transfers before each step", at.left, at.moves.y - 10, { weight: "600", colour: ink.ink, size: 12 });
-    const r = clamp(stepWidth() * 0.7, 2.2, 4.6);
     model.byKind.forEach((list, kind) => {
       const y = at.moves.y + 15 * kind + 8;
       line(at.left, y + 0.5, at.left + at.width, y + 0.5, ink.line);
       write(model.kinds[kind], at.left - 9, y, { align: "right", size: at.small ? 10 : 11, colour: ink.muted });
+      const seen = list.filter((move) => move.step > view.x0 - 0.01 && move.step < view.x1 + 0.01);
+      // Few transfers are drawn large at any scale; many are drawn as narrow as their steps.
+      const few = seen.length <= Math.max(8, at.width / 24), r = few ? 4.6 : clamp(stepWidth() * 0.7, 2.2, 4.6);
       let last = -9;
-      for (const move of list) {
-        if (move.step < view.x0 - 0.01 || move.step > view.x1 + 0.01) continue;
+      for (const move of seen) {
         const own = related(move.tensor), x = X(move.step);
         // Marks closer than this are one blot anyway; those of the selected tensor are always drawn.
         if (x - last < 1.2 && !own) continue;
         if (selected !== null && !own) ctx.globalAlpha = 0.18;
         // Where compulsory transfers crowd, ticks say as much as triangles and leave the others in view.
-        if (kind >= LOAD && stepWidth() < 5 && !own) line(x, y - 4, x, y + 4, ink.kinds[kind]);
+        if (kind >= LOAD && !few && stepWidth() < 5 && !own) line(x, y - 4, x, y + 4, ink.kinds[kind]);
         else glyph(kind, x, y, own ? 5 : Math.max(r, 3.4), own ? 5 : r);
         ctx.globalAlpha = 1;
         last = own ? -9 : x;
       }
-      if (selected !== null) for (const move of list) {
-        if (related(move.tensor) && move.step >= view.x0 && move.step <= view.x1) glyph(kind, X(move.step), y, 5);
-      }
+      if (selected !== null) for (const move of seen) if (related(move.tensor)) glyph(kind, X(move.step), y, 5);
     });
   }
 
@@ -420,7 +420,8 @@ function makeChart(canvas, model, on) {
   };
   canvas.addEventListener("pointerup", release);
   canvas.addEventListener("pointercancel", release);
-  canvas.addEventListener("pointerleave", () => { if (!pointers.size) over(null); });
+  // A finger leaves as soon as it lifts; what it tapped stays explained until the page moves.
+  canvas.addEventListener("pointerleave", (event) => { if (!pointers.size && event.pointerType === "mouse") over(null); });
   canvas.addEventListener("dblclick", (event) => {
     const target = hit(...local(event));
     if (target?.residency) show(target.residency.start, target.residency.end);

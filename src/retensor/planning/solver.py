@@ -26,13 +26,22 @@ class Outcome:
     bound: int
 
 
-class _Report(cp_model.CpSolverSolutionCallback):
+class _Watch(cp_model.CpSolverSolutionCallback):
+    """Tells of each better answer and each better bound; both come from the search's own threads."""
+
     def __init__(self, tell: Callable[[int, int], None]) -> None:
         super().__init__()
         self._tell = tell
+        self._latest: tuple[int, int] | None = None
 
     def on_solution_callback(self) -> None:
-        self._tell(int(self.objective_value), int(self.best_objective_bound))
+        self._latest = round(self.objective_value), round(self.best_objective_bound)
+        self._tell(*self._latest)
+
+    def on_bound(self, bound: float) -> None:
+        if self._latest is not None:
+            self._latest = self._latest[0], max(self._latest[1], round(bound))
+            self._tell(*self._latest)
 
 
 def minimise(
@@ -52,11 +61,13 @@ def minimise(
     parameters.random_seed = seed
     # Signals are Python's business here: see below.
     parameters.catch_sigint_signal = False
-    report = _Report(tell) if tell else None
+    watch = _Watch(tell) if tell else None
+    if watch:
+        solver.best_bound_callback = watch.on_bound
     status = [cp_model.UNKNOWN]
 
     def run() -> None:
-        status[0] = solver.solve(model, report)
+        status[0] = solver.solve(model, watch)
 
     # The search runs beside the main thread, which alone receives KeyboardInterrupt.
     thread = threading.Thread(target=run, daemon=True)
