@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retensor.errors import RetensorError
 from retensor.graph import Graph, Operator, Tensor
-from retensor.planning.sweep import SweepPoint, budgets, plot_sweep, settle, sweep
+from retensor.planning.sweep import SweepPoint, budgets, settle, sweep
 
 
 @given(st.integers(1, 10**9), st.integers(0, 10**9), st.integers(2, 1000))
@@ -75,19 +74,3 @@ def test_points_out_of_range_are_refused(points):
         sweep(graph, points=points)
     with pytest.raises(TypeError):
         sweep(graph, points=2.0)
-
-
-@pytest.mark.parametrize(("name", "head"), [("c.svg", b"<?xml"), ("c.PNG", b"\x89PNG")])
-def test_curve_is_drawn_by_suffix(tmp_path, name, head):
-    plot_sweep(tmp_path / name, [point(30, 0, 0), point(20, 5, 5)], title="a & b")
-    assert (tmp_path / name).read_bytes().startswith(head)
-
-
-def test_bad_pictures_are_refused_and_leave_nothing(tmp_path):
-    with pytest.raises(ValueError, match="svg"):
-        plot_sweep(tmp_path / "c.pdf", [point(30, 0, 0)])
-    with pytest.raises(ValueError, match="no point"):
-        plot_sweep(tmp_path / "c.svg", [])
-    with pytest.raises(RetensorError):
-        plot_sweep(tmp_path / "nowhere" / "c.svg", [point(30, 0, 0)])
-    assert list(tmp_path.iterdir()) == []

@@ -1,10 +1,9 @@
 """The optimum of a small graph by trying everything, written without a look at the planner.
 
-All orders, all choices of keeping or evicting in every gap between two uses of a tensor, all placements. The
-work is bounded by two exact devices only. A remaining-cost table over (operators run, tensors kept, copies
-off-chip) that ignores addresses tells which partial plans can still end at a given cost. And where a set of
-residencies is placed, only placements in which nothing can slide down are tried: sliding everything down
-never breaks a placement.
+All orders, all choices of keeping or evicting each tensor before each step, all addresses. Two exact devices bound
+the work. A table of the remaining cost over (operators run, tensors kept, copies off-chip), which ignores
+addresses, tells which partial plans can still end at a given cost. And a partial plan is known by the operators
+run, what lies where, and what has a copy: where one way to get there led nowhere, another is not followed.
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ from collections.abc import Iterator
 
 from retensor.graph.structure import Graph
 
-Box = tuple[int, int, int]  # start step, end step, bytes
-Stays = tuple[tuple[int, int, bool], ...]  # tensor, first step, whether it stays on after the step before
+State = tuple[int, frozenset[int], frozenset[int]]  # operators run (bits), tensors kept, tensors with a copy
+Move = tuple[int, frozenset[int], int, State]  # operator, tensors that stayed, cost, state after
+Placed = frozenset[tuple[int, int]]  # tensor and address
 
 INFINITE = 10**18
 
@@ -98,37 +98,38 @@ class _Search:
         self.tables = _Tables(graph, parameters)
         self.scratchpad, self.alignment = scratchpad, alignment
         self.everything = (1 << self.tables.count) - 1
-        self.memo: dict[tuple[int, frozenset[int], frozenset[int]], int] = {}
+        self.start: State = (0, frozenset(), frozenset())
+        self.costs: dict[State, int] = {}
+        self.lists: dict[State, list[Move]] = {}
 
     def optimum(self) -> int | None:
-        start = (0, frozenset[int](), frozenset[int]())
-        cost = self.remaining(*start)
-        if cost >= INFINITE:
-            return None
-        while True:
-            # At first, partial plans are not placed: nearly always the first whole one has a placement. Where it
-            # has none, dead ends are cut as early as they show.
-            self.next_cost, self.misses = INFINITE, 0
-            if self._walk(*start, spent=0, limit=cost, step=0, closed=(), opened={}):
+        cost = self.remaining(self.start)
+        while cost < INFINITE:
+            self.limit, self.next_cost = cost, INFINITE
+            self.dead: dict[tuple[State, Placed], int] = {}
+            if self._walk(self.start, frozenset(), cost):
                 return cost
-            assert self.next_cost < INFINITE, "evicting everything at every step can always be placed"
+            # A plan of a cost in between would have been cut at its cost by bytes alone, which is no less than this.
             cost = self.next_cost
+        return None
 
-    def remaining(self, done: int, kept: frozenset[int], copied: frozenset[int]) -> int:
+    def remaining(self, state: State) -> int:
         """Least cost of the operators not yet run, by bytes alone, addresses ignored."""
-        if done == self.everything:
+        if state[0] == self.everything:
             return 0
-        state = (done, kept, copied)
-        if state not in self.memo:
-            self.memo[state] = min(
-                (cost + self.remaining(*after) for _, _, cost, after in self._moves(*state)), default=INFINITE
+        if state not in self.costs:
+            self.costs[state] = min(
+                (cost + self.remaining(after) for *_, cost, after in self._moves(state)), default=INFINITE
             )
-        return self.memo[state]
+        return self.costs[state]
 
-    def _moves(
-        self, done: int, kept: frozenset[int], copied: frozenset[int]
-    ) -> Iterator[tuple[int, frozenset[int], int, tuple[int, frozenset[int], frozenset[int]]]]:
-        """Every next operator with every choice of what to evict before it: (operator, stayed, cost, state).
+    def _moves(self, state: State) -> list[Move]:
+        if state not in self.lists:
+            self.lists[state] = list(self._all_moves(*state))
+        return self.lists[state]
+
+    def _all_moves(self, done: int, kept: frozenset[int], copied: frozenset[int]) -> Iterator[Move]:
+        """Every next operator with every choice of what to evict before it.
 
         ``kept`` are the tensors in the scratchpad that are used again. Evicting one that the operator itself
         needs is a choice too: it comes back, perhaps to another address.
@@ -150,94 +151,50 @@ class _Search:
                 yield i, stayed, cost, (after, alive, copies)
 
     def _fits(self, present: frozenset[int]) -> bool:
+        """Whether these tensors have addresses side by side at one instant."""
         sizes = [self.tables.sizes[t] for t in present]
         rounded = [-(-size // self.alignment) * self.alignment for size in sizes]
         # The topmost tensor may end before its unit does.
         slack = max((whole - size for whole, size in zip(rounded, sizes, strict=True)), default=0)
         return sum(rounded) - slack <= self.scratchpad
 
-    def _walk(
-        self,
-        done: int,
-        kept: frozenset[int],
-        copied: frozenset[int],
-        spent: int,
-        limit: int,
-        step: int,
-        closed: tuple[Box, ...],
-        opened: dict[int, tuple[int, int]],
-    ) -> bool:
-        """Whether some way on from here ends at cost ``limit`` and can be placed.
-
-        ``closed`` are the residencies that ended; ``opened`` maps a tensor to the start of its residency and
-        one past the last step that used it.
-        """
-        if done == self.everything:
-            placed = self._placed(closed, opened)
-            self.misses += not placed
-            return placed
-        if self.misses and not self._placed(closed, {t: (start, step) for t, (start, _) in opened.items()}):
+    def _walk(self, state: State, placed: Placed, left: int) -> bool:
+        """Whether the operators not yet run can be run, at addresses, for ``left`` bytes."""
+        if state[0] == self.everything:
+            return True
+        if left <= self.dead.get((state, placed), -1):
             return False
-        for i, stayed, cost, after in self._moves(done, kept, copied):
-            total = spent + cost + self.remaining(*after)
-            if total > limit:
-                self.next_cost = min(self.next_cost, total)
+        where = dict(placed)
+        for i, stayed, cost, after in self._moves(state):
+            missing = cost + self.remaining(after) - left
+            if missing > 0:
+                self.next_cost = min(self.next_cost, self.limit + missing)
                 continue
-            ended = tuple((s, e, self.tables.sizes[t]) for t, (s, e) in opened.items() if t not in stayed)
-            now = {t: stay for t, stay in opened.items() if t in stayed}
-            for t in self.tables.touched[i]:
-                now[t] = (now[t][0] if t in now else step, step + 1)
-            if self._walk(*after, spent + cost, limit, step + 1, closed + ended, now):
-                return True
+            new = self.tables.touched[i] - stayed
+            # Those that are used again first: of the others it matters only that they have some place.
+            queue = sorted(new, key=lambda t: (t not in after[1], -self.tables.sizes[t]))
+            for addresses in self._places(queue, {t: where[t] for t in stayed}, after[1]):
+                if self._walk(after, frozenset((t, addresses[t]) for t in after[1]), left - cost):
+                    return True
+        self.dead[state, placed] = left
         return False
 
-    def _placed(self, closed: tuple[Box, ...], opened: dict[int, tuple[int, int]]) -> bool:
-        boxes = closed + tuple((s, e, self.tables.sizes[t]) for t, (s, e) in opened.items())
-        return placeable(tuple(sorted(boxes)), self.scratchpad, self.alignment)
+    def _places(self, queue: list[int], where: dict[int, int], alive: frozenset[int]) -> Iterator[dict[int, int]]:
+        """Every choice of free addresses for the tensors in ``queue``; for those not alive after, the first found."""
+        if not queue:
+            yield where
+            return
+        tensor, *rest = queue
+        size = self.tables.sizes[tensor]
+        for address in range(0, self.scratchpad - size + 1, self.alignment):
+            if all(address + size <= a or a + self.tables.sizes[t] <= address for t, a in where.items()):
+                for found in self._places(rest, {**where, tensor: address}, alive):
+                    yield found
+                    if tensor not in alive:
+                        return
 
 
 def _subsets(items: list[int]) -> Iterator[frozenset[int]]:
-    """All subsets, the small ones in terms of the first items first."""
+    """All subsets, the empty one first."""
     for bits in range(1 << len(items)):
         yield frozenset(item for k, item in enumerate(items) if bits >> k & 1)
-
-
-@functools.lru_cache(maxsize=2**16)
-def placeable(boxes: tuple[Box, ...], scratchpad: int, alignment: int) -> bool:
-    """Whether residencies ``(start, end, bytes)`` have addresses without overlap; every way is tried.
-
-    If there is a placement, there is one in which no box can slide down. Taken in order of address, each box
-    then lies at 0 or on the highest of the boxes before it that share a step with it. So it is enough to try
-    every order of boxes with each put there, addresses never falling.
-    """
-    steps = max((end for _, end, _ in boxes), default=0)
-    dead: set[tuple[int, tuple[int, ...], int]] = set()
-
-    def place(left: int, tops: tuple[int, ...], floor: int) -> bool:
-        if not left:
-            return True
-        if (left, tops, floor) in dead:
-            return False
-        rest = [box for k, box in enumerate(boxes) if left >> k & 1]
-        # What is left at a step lies above what is there already.
-        fits = all(
-            tops[step] + sum(size for start, end, size in rest if start <= step < end) <= scratchpad
-            for step in range(steps)
-        )
-        tried: set[Box] = set()
-        if fits:
-            for k, box in enumerate(boxes):
-                if not left >> k & 1 or box in tried:
-                    continue
-                tried.add(box)
-                start, end, size = box
-                address = -(-max(tops[start:end]) // alignment) * alignment
-                if address < floor or address + size > scratchpad:
-                    continue
-                above = tops[:start] + (address + size,) * (end - start) + tops[end:]
-                if place(left & ~(1 << k), above, address):
-                    return True
-        dead.add((left, tops, floor))
-        return False
-
-    return place((1 << len(boxes)) - 1, (0,) * steps, 0)

@@ -11,9 +11,9 @@ def random_graph(rng: random.Random, most: int = 8) -> Graph:
     """A graph of 1 to ``most`` operators (at most 8 by default, so that a brute force can follow).
 
     One in six is a chain of identical cells, one in four a ladder of long skips that cross (the kind that needs
-    evictions most), one in twenty holds tensors that fit by bytes but not by address; the others are built operator by operator with parallel
-    branches, several outputs, tensors read by many operators, shared parameters, empty tensors, outputs that
-    are also consumed, outputs that are inputs, and results that nothing reads.
+    evictions most), one in twenty holds tensors that fit by bytes but not by address. The others are built operator
+    by operator with parallel branches, several outputs, tensors read by many operators, shared parameters, empty
+    tensors, outputs that are also consumed, outputs that are inputs, and results that nothing reads.
     """
     roll = rng.random()
     if roll < 1 / 6:

@@ -6,12 +6,14 @@ room. The second opinion looks at every byte of every step in a table, where the
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 
+from tests.planning.random_graphs import packed_bytes
+
 from retensor.graph.structure import Graph
 from retensor.planning.plan import Plan, Residency, Transfer
-from tests.planning.random_graphs import packed_bytes
 
 
 def random_order(graph: Graph, rng: random.Random) -> list[str]:
@@ -228,7 +230,7 @@ def _tensor_rules(graph: Graph, plan: Plan, name: str, made: int | None) -> bool
         return False
     if any(m.nbytes != tensor.nbytes for group in moves.values() for m in group):
         return False
-    if any(a.end == b.start and a.address == b.address for a, b in zip(row, row[1:], strict=False)):
+    if any(a.end == b.start and a.address == b.address for a, b in itertools.pairwise(row)):
         return False
     loads, stores, spills, retrieves = (sorted(m.step for m in moves[kind]) for kind in _KINDS)
     if retrieves != [stay.start for stay in row[1:]]:

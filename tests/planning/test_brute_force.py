@@ -8,11 +8,11 @@ import random
 from collections import Counter
 
 import pytest
+from tests.planning import random_graphs
+from tests.planning.brute_force import _Search, min_peak, optimum
+from tests.planning.random_graphs import minimum_scratchpad, random_budget, random_graph
 
 from retensor.graph.structure import Graph, Operator, Tensor
-from tests.planning import random_graphs
-from tests.planning.brute_force import _Search, min_peak, optimum, placeable
-from tests.planning.random_graphs import minimum_scratchpad, packed_bytes, random_budget, random_graph
 
 
 def literal_optimum(graph: Graph, scratchpad: int, alignment: int, parameters: bool) -> int | None:
@@ -72,18 +72,18 @@ def literally_placeable(stays: list[tuple[int, int, int]], scratchpad: int, alig
 
 
 def small_graph(rng: random.Random) -> Graph:
-    """A random graph of up to four operators with tensors small and few enough to enumerate."""
+    """A random graph of up to five operators with tensors small and few enough to enumerate."""
     while True:
-        graph = random_graph(rng, most=4)
+        graph = random_graph(rng, most=5)
         uses = sum(len(o.inputs) + len(o.outputs) for o in graph.operators)
-        if uses <= 11:
+        if uses <= 12:
             tensors = [dataclasses.replace(t, nbytes=min(t.nbytes, 1 + t.nbytes % 3)) for t in graph.tensors.values()]
             return Graph(graph.name, graph.operators, tensors, graph.outputs)
 
 
 def test_the_oracle_equals_literal_enumeration() -> None:
     positive = infeasible = 0
-    for seed in range(150):
+    for seed in range(400):
         rng = random.Random(seed)
         graph, parameters = small_graph(rng), rng.random() < 0.5
         scratchpad, alignment = random_budget(graph, rng, parameters)
@@ -91,28 +91,8 @@ def test_the_oracle_equals_literal_enumeration() -> None:
         assert optimum(graph, scratchpad, alignment, parameters) == least, seed
         positive += bool(least)
         infeasible += least is None
-    assert positive >= 10
-    assert infeasible >= 5
-
-
-def test_sliding_down_finds_every_placement_that_exists() -> None:
-    """Random boxes in about as many bytes as the fullest step needs; some fit by bytes and not by address."""
-    fits = fragmented = 0
-    for seed in range(1500):
-        rng = random.Random(seed)
-        alignment = rng.choice([1, 2, 2, 3])
-        boxes = []
-        for _ in range(rng.randint(3, 6)):
-            start = rng.randint(0, 4)
-            boxes.append((start, rng.randint(start + 1, 6), rng.randint(1, 4)))
-        full = max(packed_bytes([n for s, e, n in boxes if s <= t < e], alignment) for t in range(6))
-        scratchpad = full + rng.choice([-1, 0, 0, 0, 1])
-        expected = literally_placeable(boxes, scratchpad, alignment)
-        assert placeable(tuple(sorted(boxes)), scratchpad, alignment) == expected, seed
-        fits += expected
-        fragmented += scratchpad >= full and not expected
-    assert fits > 500
-    assert fragmented > 5
+    assert positive >= 8
+    assert infeasible >= 8
 
 
 @pytest.mark.parametrize("index", range(3))
@@ -121,8 +101,7 @@ def test_the_known_unplaceable_lives_are_unplaceable_literally(index: int) -> No
     boxes = [(int(life[0]), int(life[1]), int(life[2])) for life in lives.split()]
     assert max(sum(n for s, e, n in boxes if s <= t < e) for t in range(9)) == capacity
     assert not literally_placeable(boxes, capacity, 1)
-    assert not placeable(tuple(sorted(boxes)), capacity, 1)
-    assert placeable(tuple(sorted(boxes)), capacity + 1, 1)
+    assert literally_placeable(boxes, capacity + 1, 1)
 
 
 def test_min_peak_equals_all_orders_counted_one_by_one() -> None:
@@ -183,7 +162,7 @@ def test_fragmentation_alone_costs_bytes_in_some_graphs() -> None:
         rng = random.Random(seed)
         graph = random_graph(rng)
         scratchpad, alignment = random_budget(graph, rng)
-        by_bytes = _Search(graph, scratchpad, alignment, False).remaining(0, frozenset(), frozenset())
+        by_bytes = _Search(graph, scratchpad, alignment, False).remaining((0, frozenset(), frozenset()))
         cost = optimum(graph, scratchpad, alignment)
         if cost is not None:
             assert by_bytes <= cost

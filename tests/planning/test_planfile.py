@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.planning.random_graphs import minimum_scratchpad, random_graph
+from tests.planning.simple_plans import simple_plan
 
 import retensor.planning.planfile as planfile
 from retensor.errors import PlanError, RetensorError
 from retensor.planning.plan import Plan, Residency, Transfer
 from retensor.planning.planfile import plan_from_json, plan_to_json, read_plan, write_plan
-from tests.planning.random_graphs import minimum_scratchpad, random_graph
-from tests.planning.simple_plans import simple_plan
 
 SCHEMA_FILE = Path(planfile.__file__).with_name("plan.schema.json")
 
@@ -37,7 +37,12 @@ def test_a_plan_comes_back_exactly(tmp_path: Path) -> None:
 
 
 def test_names_in_any_script_and_options_come_back(tmp_path: Path) -> None:
-    options = {"fuse": False, "dtype": "int8", "inputs": {"入力/0": [1, 3, 224, 224]}, "other": [1.5, None, {"a": True}]}
+    options = {
+        "fuse": False,
+        "dtype": "int8",
+        "inputs": {"入力/0": [1, 3, 224, 224]},
+        "other": [1.5, None, {"a": True}],
+    }
     plan = Plan(
         graph_name='Ω "quoted" \\ \n',
         graph_digest="ab" * 32,
@@ -117,7 +122,7 @@ BROKEN = [
     ("residencies.1.to", "2", "residencies[1].to is a whole number, not a string"),
     ("residencies.1.address", 1.0, "residencies[1].address is a whole number"),
     ("residencies.1.size", 1, 'residencies[1] has an unknown field "size"'),
-    ("transfers.0.kind", "steal", "transfers[0].kind is one of load, store, spill, retrieve, not \"steal\""),
+    ("transfers.0.kind", "steal", 'transfers[0].kind is one of load, store, spill, retrieve, not "steal"'),
     ("transfers.0.kind", ["load"], "transfers[0].kind is one of"),
     ("transfers.0.step", False, "transfers[0].step is a whole number, not true or false"),
     ("transfers.0.bytes", -4, "transfers[0].bytes is out of range"),

@@ -9,13 +9,13 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
+from tests.planning.random_graphs import minimum_scratchpad, random_budget, random_graph
+from tests.planning.simple_plans import keeping_plan, second_opinion, simple_plan
 
 from retensor.errors import PlanError
 from retensor.graph.structure import Graph, Operator, Tensor
 from retensor.planning.plan import Plan, Residency, Transfer
 from retensor.planning.verify import Verification, verify
-from tests.planning.random_graphs import minimum_scratchpad, random_budget, random_graph
-from tests.planning.simple_plans import keeping_plan, second_opinion, simple_plan
 
 replace = dataclasses.replace
 
@@ -85,7 +85,7 @@ def test_parameters_lie_in_the_scratchpad_iff_the_plan_says_so() -> None:
 def broken_plans() -> Iterator[tuple[str, Plan]]:
     """One plan for each rule, and the sentence that names it."""
     p = plan_of_diamond()
-    x, a, b, c, again, y = p.residencies
+    x, a, b, c, _, y = p.residencies
     load, spill, store_b, retrieve, store_y = p.transfers
 
     def stays(old: Residency, *new: Residency) -> Plan:
@@ -159,7 +159,9 @@ def broken_plans() -> Iterator[tuple[str, Plan]]:
     yield "lower bound is -1 bytes", replace(p, bound_bytes=-1)
 
 
-@pytest.mark.parametrize(("sentence", "plan"), list(broken_plans()), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("sentence", "plan"), list(broken_plans()), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_each_broken_rule_is_named(sentence: str, plan: Plan) -> None:
     with pytest.raises(PlanError) as caught:
         verify(diamond(), plan)
@@ -306,6 +308,7 @@ def test_every_single_corruption_is_caught_or_leaves_a_valid_plan() -> None:
 def test_numbers_of_any_size_and_unknown_names_raise_plan_errors_only() -> None:
     graph, plan = diamond(), plan_of_diamond()
     rng = random.Random(0)
+    longest = 0
     numbers = [0, -1, 2**63, -(2**63), 10**5000, -(10**5000)]
     names = ["x", "a", "ghost", "", "\ud800", "w"]
     for _ in range(3000):
@@ -325,9 +328,10 @@ def test_numbers_of_any_size_and_unknown_names_raise_plan_errors_only() -> None:
         try:
             verify(graph, other)
         except PlanError as error:
-            assert len(str(error)) < 1000
+            longest = max(longest, len(str(error)))
         else:
             assert second_opinion(graph, replace(other, scratchpad_bytes=min(other.scratchpad_bytes, 100))) is not None
+    assert 0 < longest < 1000
 
 
 def long_graph(count: int, skip: int) -> Graph:
@@ -345,8 +349,7 @@ def test_twenty_thousand_operators_are_verified_within_seconds() -> None:
     count, life = 20_000, 3_000
     graph = long_graph(count, life)
     stays = [Residency("t0", 0, min(count, life + 1), 0)]
-    for i in range(count):
-        stays.append(Residency(f"t{i + 1}", i, min(count, i + life + 2), 8 * ((i + 1) % (life + 3))))
+    stays += [Residency(f"t{i + 1}", i, min(count, i + life + 2), 8 * ((i + 1) % (life + 3))) for i in range(count)]
     moves = (Transfer("t0", "load", 0, 4), Transfer(f"t{count}", "store", count, graph.tensors[f"t{count}"].nbytes))
     order = tuple(operator.name for operator in graph.operators)
     plan = Plan("long", graph.digest, 8 * (life + 3), 8, False, order, tuple(stays), moves, 0, "by hand", 0.0)

@@ -96,6 +96,8 @@ def _guarded(arguments: Sequence[str], as_json: bool, app: typer.Typer) -> int:
         raise
     except (RetensorError, OSError) as error:
         sentence = str(error)
+    except MemoryError:
+        sentence = "there is not enough memory for this model; use a machine with more"
     except (ValueError, TypeError) as error:
         if not _raised_by_retensor(error.__traceback__):
             raise

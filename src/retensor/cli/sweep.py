@@ -51,7 +51,7 @@ def sweep(
     check_time_limit(time_limit)
     check_alignment(alignment)
     check_outputs(model, {"--picture": picture}, {"--picture": (".svg", ".png")})
-    from retensor.planning.sweep import check_points, plot_sweep, settle, sweep_points
+    from retensor.planning.sweep import check_points, settle, sweep_points
 
     check_points(points)
     graph = load_model(model, inputs, dtype, fuse, in_place)
@@ -71,7 +71,9 @@ def sweep(
                 break
     curve = settle(found)
     if picture is not None:
-        plot_sweep(picture, curve, title=graph.name)
+        from retensor.planning import plot_sweep
+
+        plot_sweep(picture, curve, title=f"{graph.name}: off-chip traffic by scratchpad")
     if json:
         rows = [asdict(point) | {"seconds": round(point.seconds, 3)} for point in curve]
         print_json(

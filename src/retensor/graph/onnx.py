@@ -102,7 +102,9 @@ def load_onnx(
         raise
     except Exception as error:
         # The file is not to be trusted, and the libraries under this raise whatever they meet.
-        raise GraphError(f"'{path}' is not a well-formed ONNX model: {type(error).__name__}: {reason(error)}") from error
+        raise GraphError(
+            f"'{path}' is not a well-formed ONNX model: {type(error).__name__}: {reason(error)}"
+        ) from error
     options = {
         "fuse": fuse,
         "in_place": in_place,

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
-import onnx.inliner
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from retensor.errors import GraphError
+from retensor.graph.onnx_guard import InferenceError, inline_functions
 from retensor.graph.onnx_node import check_dimensions, check_node, domain_of, reason, shown, subgraphs
 from retensor.graph.structure import Bytes
 
@@ -293,10 +293,9 @@ def _inlined(model: ModelProto, path: Path) -> ModelProto:
             if entry.domain not in imported:
                 model.opset_import.append(entry)
     try:
-        inlined: ModelProto = onnx.inliner.inline_local_functions(model)
-    except Exception as error:
+        return inline_functions(model, f"the functions of '{path}'")
+    except InferenceError as error:
         raise GraphError(f"the functions of '{path}' cannot be unfolded: {reason(error)}") from None
-    return inlined
 
 
 def is_external(tensor: TensorProto) -> bool:

@@ -6,6 +6,7 @@ in Python, before it sees the node.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -17,6 +18,9 @@ from retensor.errors import GraphError
 
 LARGEST_DIMENSION = 2**31 - 1
 _DEFAULT_DOMAINS = ("", "ai.onnx")
+_TERM = rb"[A-Za-z]*(\.\.\.)?[A-Za-z]*"
+# Terms with two ellipses send shape inference into a loop without end.
+_EQUATION = re.compile(_TERM + rb"(," + _TERM + rb")*(->" + _TERM + rb")?")
 
 
 def shown(name: str, limit: int = 80) -> str:
@@ -101,6 +105,9 @@ def check_node(node: NodeProto, opsets: Mapping[str, int], inside_function: bool
     GraphError
     """
     where = f"node '{shown(node.name)}' ({shown(kind_of(node))})"
+    texts = (node.name, node.op_type, node.domain, *node.input, *node.output, *(a.name for a in node.attribute))
+    if any(isinstance(text, bytes) for text in texts):  # protobuf gives what is not UTF-8 as bytes
+        raise GraphError(f"{where} holds a name that is not UTF-8 text")
     if not node.op_type:
         raise GraphError(f"{where} names no operator type")
     domain = domain_of(node)
@@ -114,6 +121,8 @@ def check_node(node: NodeProto, opsets: Mapping[str, int], inside_function: bool
             check_dimensions(attribute.t.dims, where)
         elif attribute.type == AttributeProto.SPARSE_TENSOR:
             check_dimensions(attribute.sparse_tensor.dims, where)
+        elif attribute.name == "equation" and not _EQUATION.fullmatch(attribute.s.replace(b" ", b"")):
+            raise GraphError(f"{where} has the equation '{shown(str(attribute.s)[2:-1])}', which is none of Einsum's")
     for body in subgraphs(node):
         for tensor in body.initializer:
             check_dimensions(tensor.dims, where)

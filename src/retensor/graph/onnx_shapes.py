@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnx.shape_inference
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, TypeProto, numpy_helper
 
 from retensor.errors import GraphError
 from retensor.graph.onnx_file import ELEMENTS, OnnxModel, ValueType, is_external, tensor_bytes
+from retensor.graph.onnx_guard import InferenceError, infer_shapes
 from retensor.graph.onnx_node import LARGEST_DIMENSION, domain_of, kind_of, reads, reason, schema_of, shown, subgraphs
 
 EVALUATED_BYTES = 16 * 2**20
@@ -386,13 +386,14 @@ class Shapes:
             if value.size <= 16 * _GIVEN_ELEMENTS:
                 single.graph.initializer.append(numpy_helper.from_array(np.asarray(value, order="C"), name))
         why = "its shape depends on the data, or ONNX's shape inference does not cover it"
+        what = f"node '{shown(node.name)}' ({shown(kind_of(node))})"
         try:
-            answer = onnx.shape_inference.infer_shapes(single.SerializeToString(), strict_mode=True)
-        except Exception as error:
+            answer = infer_shapes(single, what, strict=True)
+        except InferenceError as error:
             why = reason(error)
             try:
-                answer = onnx.shape_inference.infer_shapes(single.SerializeToString())
-            except Exception:
+                answer = infer_shapes(single, what, strict=False)
+            except InferenceError:
                 answer = ModelProto()
         found = {value.name: value.type for value in answer.graph.value_info}
         for name in filter(None, node.output):

@@ -7,18 +7,13 @@ to be needed in a larger scratchpad is needed in a smaller one, so a bound carri
 
 from __future__ import annotations
 
-import io
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
-from retensor.files import write_atomic
 from retensor.graph.structure import Graph
 from retensor.planning.plan import Accelerator
 from retensor.planning.progress import Progress
-from retensor.units import format_bytes
 
 MOST_POINTS = 1000
 
@@ -195,42 +190,3 @@ def settle(points: Sequence[SweepPoint]) -> list[SweepPoint]:
 
 def _point(budget: int, traffic: int, bound: int, compulsory: int, seconds: float) -> SweepPoint:
     return SweepPoint(budget, traffic, bound, compulsory, seconds, "optimal" if traffic <= bound else "feasible")
-
-
-def plot_sweep(path: str | os.PathLike[str], points: Sequence[SweepPoint], title: str = "") -> None:
-    """Draw traffic and bound against scratchpad as SVG or PNG, by the suffix of ``path``.
-
-    Raises
-    ------
-    ValueError
-        Where the suffix is neither ``.svg`` nor ``.png``, or there is no point to draw.
-    RetensorError
-        Where the file cannot be written.
-    """
-    suffix = Path(path).suffix.lower()
-    if suffix not in (".svg", ".png"):
-        raise ValueError(f"a picture is .svg or .png, not '{Path(path).name}'")
-    if not points:
-        raise ValueError("there is no point to draw")
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
-
-    sizes = [point.scratchpad_bytes for point in points]
-    # A figure without pyplot leaves the caller's backend and open figures alone.
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(sizes, [p.non_compulsory_bytes for p in points], "o-", color="#1f6feb", label="best plan")
-    axes.plot(sizes, [p.bound_bytes for p in points], "--", color="#d1242f", label="proved bound")
-    axes.set_xlabel("scratchpad")
-    axes.set_ylabel("non-compulsory bytes")
-    axes.set_ylim(bottom=0)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    if title:
-        axes.set_title(title)
-    drawn = io.BytesIO()
-    metadata = {"Date": None} if suffix == ".svg" else None
-    figure.savefig(drawn, format=suffix[1:], metadata=metadata, dpi=150)
-    write_atomic(path, drawn.getvalue())
