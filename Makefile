@@ -92,7 +92,7 @@ test: $(VENV)/.installed $(BASE)/.installed lint
 
 .PHONY: claims
 claims: $(VENV)/.installed
-	$(VENV)/bin/python benchmarks/claim_cosma.py
+	$(VENV)/bin/retensor claims
 
 # An environment that something else made is not ours to remove.
 .PHONY: clean

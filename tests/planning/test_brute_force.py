@@ -51,7 +51,10 @@ def running_orders(graph: Graph) -> list[tuple[int, ...]]:
 
 
 def literally_placeable(stays: list[tuple[int, int, int]], scratchpad: int, alignment: int) -> bool:
+    stays = sorted(stays)
     placed: list[tuple[int, int, int, int]] = []
+    if any(sum(n for s, e, n in stays if s <= step < e) > scratchpad for step, _, _ in stays):
+        return False
 
     def place(k: int) -> bool:
         if k == len(stays):

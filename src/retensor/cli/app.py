@@ -9,6 +9,7 @@ import typer
 from retensor import __version__
 from retensor.cli.bounds import bounds
 from retensor.cli.check import run, verify
+from retensor.cli.claims import claims
 from retensor.cli.compare import compare
 from retensor.cli.graph import graph
 from retensor.cli.plan import plan
@@ -48,3 +49,4 @@ app.command(epilog="Example: retensor run plan.json model.onnx --seed 1")(run)
 app.command(epilog="Example: retensor compare densenet121 --scratchpad M_R")(compare)
 app.command(epilog="Example: retensor sweep squeezenet --points 5 --picture sweep.svg")(sweep)
 app.command(epilog="Example: retensor graph model.onnx --input image=1x3x224x224 -o graph.json")(graph)
+app.command(epilog="Example: retensor claims cosma")(claims)

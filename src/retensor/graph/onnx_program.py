@@ -4,7 +4,8 @@ For each operator a model of just its nodes is built, with every tensor, paramet
 run without graph optimisation or prepacked weights; the plain run has the same settings, so that both go through
 the same kernels and agree bit for bit. The exception is float16, for which ONNX Runtime's CPU lacks kernels: it
 computes in float32 and, in the plain run, drops the rounding between neighbours, which no setting prevents; there
-the two agree within float16's own rounding. Constant expressions are evaluated when an operator asks for them, by ONNX Runtime too.
+the two agree within float16's own rounding. Constant expressions are evaluated when an operator asks for them, by
+ONNX Runtime too.
 """
 
 from __future__ import annotations

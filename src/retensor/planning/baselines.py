@@ -99,7 +99,8 @@ def baseline(
     held = simulate(problem, sequence, scratchpad, replacement, placement)
     return finish(
         graph, accelerator, scratchpad, parameters, problem, sequence, held.stays, held.addresses,
-        held.transient_addresses, bound=0, solver=f"{schedule} schedule, {replacement} replacement, {placement} placement",
+        held.transient_addresses, bound=0,
+        solver=f"{schedule} schedule, {replacement} replacement, {placement} placement",
         seconds=clock.seconds, fixed_order=True,
     )  # fmt: skip
 

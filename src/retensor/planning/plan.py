@@ -45,7 +45,7 @@ class Accelerator:
         if not 1 <= self.alignment <= 2**30:
             raise ValueError(f"alignment is a number of bytes from 1 to 2**30, not {self.alignment}")
         # A relative size is resolved against a graph later; anything else is checked now.
-        parse_size(self.scratchpad, {"M_R": 1, "M_P": 1, "M_H": 1})
+        parse_size(self.scratchpad, dict.fromkeys(("M_R", "M_P", "M_H"), 2**20))
 
 
 @dataclass(frozen=True, slots=True)

@@ -249,20 +249,20 @@ def _hint(
         item = problem.items[i]
         rows = sorted((s for s in hint.stays if s.item == i), key=lambda s: s.start)
         at = {step[user]: user for user in item.users}
-        openers = {}
+        openers: dict[int, Stay] = {}
         for row in rows:
             user = at[row.start]
             openers[-1 if user == item.producer else user] = row
         for opener, present in segment.open.items():
-            row = openers.get(opener)
+            opened = openers.get(opener)
             if opener >= 0:
-                model.add_hint(present, row is not None)
+                model.add_hint(present, opened is not None)
             start = step[item.producer if opener < 0 else opener]
-            model.add_hint(segment.end[opener], row.end if row else start + 1)
+            model.add_hint(segment.end[opener], opened.end if opened else start + 1)
         for (consumer, opener), serves in segment.serves.items():
             if consumer != opener:
-                row = openers.get(opener)
-                model.add_hint(serves, row is not None and row.start < step[consumer] < row.end)
+                opened = openers.get(opener)
+                model.add_hint(serves, opened is not None and opened.start < step[consumer] < opened.end)
 
 
 def schedule_and_evict(

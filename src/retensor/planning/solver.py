@@ -26,7 +26,7 @@ class Outcome:
     bound: int
 
 
-class _Watch(cp_model.CpSolverSolutionCallback):
+class _Watch(cp_model.CpSolverSolutionCallback):  # type: ignore[misc]  # OR-Tools ships no types
     """Tells of each better answer and each better bound; both come from the search's own threads."""
 
     def __init__(self, tell: Callable[[int, int], None]) -> None:
@@ -65,16 +65,22 @@ def minimise(
     if watch:
         solver.best_bound_callback = watch.on_bound
     status = [cp_model.UNKNOWN]
+    finished = threading.Event()
 
     def run() -> None:
-        status[0] = solver.solve(model, watch)
+        try:
+            status[0] = solver.solve(model, watch)
+        finally:
+            finished.set()
 
     # The search runs beside the main thread, which alone receives KeyboardInterrupt.
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    while thread.is_alive():
+    # Not thread.join: where Ctrl-C interrupts it, CPython takes the running thread for ended (bpo-45274).
+    while not finished.is_set():
         try:
-            thread.join(0.2)
+            if not finished.wait(0.2) and clock.stopped:
+                solver.stop_search()
         except KeyboardInterrupt:
             if clock.stopped:
                 raise

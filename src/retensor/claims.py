@@ -1,0 +1,209 @@
+"""Claims: what a paper says, what was measured here, and whether it held.
+
+Each file ``benchmarks/claim_<slug>.py`` has a function ``measure(progress)`` that returns a
+:class:`Report`. :func:`run_claims` runs them and writes ``benchmarks/results/<slug>.json``, with the
+command, commit, versions and cores that it was measured with; :func:`write_table` makes ``CLAIMS.md`` of
+all results. Nobody edits either by hand.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from retensor.errors import RetensorError
+from retensor.files import write_atomic
+
+SCHEMA = "retensor.claims/1"
+Verdict = Literal["held", "partly held", "not held"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim.
+
+    Attributes
+    ----------
+    statement : str
+        What the paper says.
+    setting : str
+        What was run here.
+    baseline : str
+        What it was compared with, by name.
+    paper, ours : str
+        The figures, with units.
+    verdict : {"held", "partly held", "not held"}
+    reason : str
+        Why it did not hold, or what the figure leaves open.
+    """
+
+    statement: str
+    setting: str
+    baseline: str
+    paper: str
+    ours: str
+    verdict: Verdict
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Figures behind the claims: a title, column names, and rows of text and numbers."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | int | float]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All claims of one system."""
+
+    slug: str
+    system: str
+    paper: str
+    claims: Sequence[Claim]
+    tables: Sequence[Table] = field(default_factory=tuple)
+    libraries: Sequence[str] = ()
+
+
+Measure = Callable[[Callable[[str], None]], Report]
+
+
+def find_claims(folder: Path) -> dict[str, Path]:
+    """Claim files of a ``benchmarks`` folder, by slug."""
+    if not folder.is_dir():
+        raise RetensorError(
+            f"there is no folder '{folder}'; run this in a checkout of retensor, or name its benchmarks"
+        )
+    return {path.stem.removeprefix("claim_"): path for path in sorted(folder.glob("claim_*.py"))}
+
+
+def run_claims(folder: Path, slugs: Sequence[str], progress: Callable[[str], None]) -> list[Report]:
+    """Run claim files and write their results beside them.
+
+    Raises
+    ------
+    RetensorError
+        Where a slug has no file.
+    """
+    files = find_claims(folder)
+    for slug in slugs:
+        if slug not in files:
+            raise RetensorError(f"no claim is named '{slug}'; there are: {', '.join(files)}")
+    reports = []
+    for slug in slugs or files:
+        report = load_measure(files[slug])(progress)
+        save(report, folder)
+        reports.append(report)
+    return reports
+
+
+def load_measure(path: Path) -> Measure:
+    """The ``measure`` function of a claim file."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise RetensorError(f"'{path}' is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up by name.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    measure: Measure = module.measure
+    return measure
+
+
+def save(report: Report, folder: Path) -> Path:
+    """Write ``results/<slug>.json`` under a benchmarks folder."""
+    target = folder / "results" / f"{report.slug}.json"
+    target.parent.mkdir(exist_ok=True)
+    content = {
+        "schema": SCHEMA,
+        "command": f"retensor claims {report.slug}",
+        "commit": _commit(folder),
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "versions": {name: importlib.metadata.version(name) for name in ("retensor", *report.libraries)},
+        **asdict(report),
+    }
+    write_atomic(target, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    return target
+
+
+def write_table(folder: Path, target: Path) -> None:
+    """Make ``CLAIMS.md`` of all results in a benchmarks folder."""
+    lines = [
+        "# Claims",
+        "",
+        "What the papers claim, measured with retensor. Made by `retensor claims`; every figure can be",
+        "measured again with the command under its heading. A claim that does not hold here is shown as such.",
+        "",
+    ]
+    for path in sorted((folder / "results").glob("*.json")):
+        lines += _section(json.loads(path.read_text()))
+    write_atomic(target, "\n".join(lines))
+
+
+def _section(result: Mapping[str, Any]) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    lines = [
+        f"## {result['system']}",
+        "",
+        result["paper"],
+        "",
+        f"`{result['command']}` · commit {result['commit']} · Python {result['python']}, {versions} · "
+        f"{result['cores']} cores",
+        "",
+        *_grid(
+            ["Claim", "Setting here", "Against", "Paper", "Here", "Verdict"],
+            [
+                [c["statement"], c["setting"], c["baseline"], c["paper"], c["ours"], _verdict(c)]
+                for c in result["claims"]
+            ],
+        ),
+        "",
+    ]
+    for table in result["tables"]:
+        lines += ["<details>", f"<summary>{table['title']}</summary>", "", *_grid(table["columns"], table["rows"])]
+        lines += ["", "</details>", ""]
+    return lines
+
+
+def _verdict(claim: Mapping[str, str]) -> str:
+    return f"**{claim['verdict']}**" + (f": {claim['reason']}" if claim["reason"] else "")
+
+
+def _grid(columns: Sequence[str], rows: Sequence[Sequence[str | int | float]]) -> list[str]:
+    def cell(value: str | int | float) -> str:
+        if isinstance(value, int):
+            return f"{value:,}"
+        return (f"{value:.3f}" if isinstance(value, float) else value).replace("|", "\\|").replace("\n", " ")
+
+    numeric = [bool(rows) and all(isinstance(row[i], int | float) for row in rows) for i in range(len(columns))]
+    return [
+        "| " + " | ".join(columns) + " |",
+        "|" + "|".join("---:" if number else "---" for number in numeric) + "|",
+        *("| " + " | ".join(cell(value) for value in row) + " |" for row in rows),
+    ]
+
+
+def _commit(folder: Path) -> str:
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        # Results and the table they make may differ from the commit; anything else must not go unsaid.
+        changed = git("status", "--porcelain", "--", ":/", ":!/benchmarks/results", ":!/CLAIMS.md")
+        return git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
