@@ -24,9 +24,10 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
     if target.exists() and not os.access(target, os.W_OK):
         raise RetensorError(f"cannot write '{target}': it is read-only")
     data = content.encode() if isinstance(content, str) else content
-    temporary: str | None = None
+    temporary: Path | None = None
     try:
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.")
+        temporary = Path(name)
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
             stream.flush()
@@ -34,10 +35,10 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
         # mkstemp makes the file private; a result is meant to be read like any other file.
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, target)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(target)
     except OSError as error:
         if temporary is not None:
             with contextlib.suppress(OSError):
-                os.unlink(temporary)
+                temporary.unlink()
         raise RetensorError(f"cannot write '{target}': {error.strerror or error}") from error

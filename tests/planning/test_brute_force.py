@@ -16,7 +16,7 @@ from retensor.graph.structure import Graph, Operator, Tensor
 
 
 def literal_optimum(graph: Graph, scratchpad: int, alignment: int, parameters: bool) -> int | None:
-    """Permutations, subsets of evicted gaps, and every address of every residency; no memory, no bound."""
+    """Permutations, subsets of evicted gaps, and every address of every residency; no bound on the cost."""
     best: int | None = None
     for order in running_orders(graph):
         uses: dict[str, list[int]] = {}
@@ -53,6 +53,7 @@ def running_orders(graph: Graph) -> list[tuple[int, ...]]:
 def literally_placeable(stays: list[tuple[int, int, int]], scratchpad: int, alignment: int) -> bool:
     stays = sorted(stays)
     placed: list[tuple[int, int, int, int]] = []
+    dead: set[tuple[int, frozenset[tuple[int, int, int, int]]]] = set()
     if any(sum(n for s, e, n in stays if s <= step < e) > scratchpad for step, _, _ in stays):
         return False
 
@@ -60,6 +61,10 @@ def literally_placeable(stays: list[tuple[int, int, int]], scratchpad: int, alig
         if k == len(stays):
             return True
         start, end, size = stays[k]
+        # In order of their starts, only what still lives can be in the way of those to come.
+        living = (k, frozenset(box for box in placed if box[1] > start))
+        if living in dead:
+            return False
         for address in range(0, scratchpad - size + 1, alignment):
             if any(
                 start < e and s < end and address < a + n and a < address + size and size and n for s, e, n, a in placed
@@ -69,6 +74,7 @@ def literally_placeable(stays: list[tuple[int, int, int]], scratchpad: int, alig
             if place(k + 1):
                 return True
             placed.pop()
+        dead.add(living)
         return False
 
     return place(0)
@@ -79,14 +85,14 @@ def small_graph(rng: random.Random) -> Graph:
     while True:
         graph = random_graph(rng, most=5)
         uses = sum(len(o.inputs) + len(o.outputs) for o in graph.operators)
-        if uses <= 12:
+        if uses <= 13:
             tensors = [dataclasses.replace(t, nbytes=min(t.nbytes, 1 + t.nbytes % 3)) for t in graph.tensors.values()]
             return Graph(graph.name, graph.operators, tensors, graph.outputs)
 
 
 def test_the_oracle_equals_literal_enumeration() -> None:
     positive = infeasible = 0
-    for seed in range(400):
+    for seed in range(2000):
         rng = random.Random(seed)
         graph, parameters = small_graph(rng), rng.random() < 0.5
         scratchpad, alignment = random_budget(graph, rng, parameters)
@@ -94,8 +100,8 @@ def test_the_oracle_equals_literal_enumeration() -> None:
         assert optimum(graph, scratchpad, alignment, parameters) == least, seed
         positive += bool(least)
         infeasible += least is None
-    assert positive >= 8
-    assert infeasible >= 8
+    assert positive >= 40
+    assert infeasible >= 40
 
 
 @pytest.mark.parametrize("index", range(3))

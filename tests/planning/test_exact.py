@@ -137,7 +137,7 @@ def _two() -> Graph:
 
 
 def test_infeasible_names_the_operator_and_the_missing_bytes() -> None:
-    with pytest.raises(InfeasibleError, match="operator 'g' needs 9 bytes.*1 bytes are missing") as caught:
+    with pytest.raises(InfeasibleError, match=r"operator 'g' needs 9 bytes.*1 bytes are missing") as caught:
         plan(_two(), Accelerator(8))
     assert (caught.value.required_bytes, caught.value.available_bytes, caught.value.operator) == (9, 8, "g")
 

@@ -18,9 +18,9 @@ from onnx import NodeProto
 from retensor.errors import GraphError, RetensorError
 from retensor.graph.merge import merge
 from retensor.graph.onnx_file import ELEMENTS, FLOATING, OnnxModel, ValueType, read_model
-from retensor.graph.onnx_node import domain_of, kind_of, reads, reason, shown
+from retensor.graph.onnx_node import attribute_of, domain_of, kind_of, optional_outputs, reads, reason, shown
 from retensor.graph.onnx_program import OnnxProgram
-from retensor.graph.onnx_shapes import Shapes, attribute_of, input_types, optional_outputs, sorted_nodes
+from retensor.graph.onnx_shapes import Shapes, input_types, sorted_nodes
 from retensor.graph.structure import LARGEST_TENSOR, Graph, Operator, Role, Tensor
 
 DTYPES: Mapping[str, int] = {

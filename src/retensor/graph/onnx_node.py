@@ -169,3 +169,24 @@ def check_dimensions(dimensions: Sequence[int], where: str) -> None:
     for size in dimensions:
         if not 0 <= size <= LARGEST_DIMENSION:
             raise GraphError(f"{where} has a dimension of {size:,}; 0 to 2**31 - 1 are allowed")
+
+
+def attribute_of(node: NodeProto, name: str, default: Any = None) -> Any:
+    """A plain attribute (number, string as bytes, or list) of a node."""
+    for attribute in node.attribute:
+        if attribute.name == name:
+            if attribute.type == AttributeProto.INT:
+                return attribute.i
+            if attribute.type == AttributeProto.INTS:
+                return list(attribute.ints)
+    return default
+
+
+def optional_outputs(node: NodeProto, opsets: Mapping[str, int]) -> set[int]:
+    """Positions of outputs that the operator's schema lets a model leave out."""
+    domain = domain_of(node)
+    schema = schema_of(node.op_type, opsets.get(domain, 1), domain)
+    if schema is None:
+        return set()
+    optional = onnx.defs.OpSchema.FormalParameterOption.Optional
+    return {i for i, parameter in enumerate(schema.outputs) if parameter.option == optional}

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, TypeProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, TypeProto, numpy_helper
 
 from retensor.errors import GraphError
 from retensor.graph.onnx_file import ELEMENTS, OnnxModel, ValueType, is_external, tensor_bytes
 from retensor.graph.onnx_guard import InferenceError, infer_shapes
-from retensor.graph.onnx_node import LARGEST_DIMENSION, domain_of, kind_of, reads, reason, schema_of, shown, subgraphs
+from retensor.graph.onnx_node import LARGEST_DIMENSION, domain_of, kind_of, reads, reason, shown, subgraphs
 
 EVALUATED_BYTES = 16 * 2**20
 """Bytes of constants that may be evaluated to learn the shapes of one model."""
@@ -358,6 +358,8 @@ class Shapes:
         }
         if deeper.keys() - given.keys():
             self._ask(node, names, deeper)
+        if node.op_type == "Loop" and domain_of(node) == "":
+            self._ask_loop(node, names)
         if not all(name in self.types for name in wanted) and wanted[0] in self.constants:
             # A size that depends on the data, of a constant (NonZero): its value has a shape.
             self.value(wanted[0])
@@ -374,11 +376,46 @@ class Shapes:
         kind = self.types.get(name)
         return self.value(name) if plain and kind is not None and kind.elements <= _GIVEN_ELEMENTS else None
 
-    def _ask(self, node: NodeProto, names: Sequence[str], given: Mapping[str, Array]) -> None:
-        """Infer ``node`` by onnx, with the values of some inputs, and take what comes out static."""
+    def _ask_loop(self, node: NodeProto, names: Sequence[str]) -> None:
+        """Types of what a Loop carries from round to round, where the body keeps them as they are.
+
+        onnx leaves their shapes open, since a body may change them. If the body maps the initial types to the
+        same types, every round does, by induction.
+        """
+        body = next(subgraphs(node), None)
+        carried = list(node.input[2:])
+        if body is None or len(body.input) != 2 + len(carried) or len(body.output) < 1 + len(carried):
+            return
+        single = self._model()
+        single.graph.CopyFrom(body)
+        del single.graph.input[:]
+        inside = [value.name for value in body.input]
+        kinds = [ValueType(TensorProto.INT64, ()), ValueType(TensorProto.BOOL, ())]
+        kinds += [self.types[name] for name in carried]
+        single.graph.input.extend(value_info(name, kind) for name, kind in zip(inside, kinds, strict=True))
+        single.graph.input.extend(value_info(name, self.types[name]) for name in names if name not in inside)
+        for value in single.graph.output:
+            value.ClearField("type")
+        try:
+            answer = infer_shapes(single, f"the body of node '{shown(node.name)}' (Loop)", strict=False)
+        except InferenceError:
+            return
+        found = [_static(value.type, value.name) for value in answer.graph.output[1 : 1 + len(carried)]]
+        if found == kinds[2:]:
+            for name, kind in zip(node.output, kinds[2:], strict=False):
+                if name:
+                    self.types[name] = kind
+                    self.unknown.pop(name, None)
+
+    def _model(self) -> ModelProto:
         single = ModelProto(ir_version=10)
         for domain, version in self.model.opsets.items():
             single.opset_import.add(domain=domain, version=version)
+        return single
+
+    def _ask(self, node: NodeProto, names: Sequence[str], given: Mapping[str, Array]) -> None:
+        """Infer ``node`` by onnx, with the values of some inputs, and take what comes out static."""
+        single = self._model()
         single.graph.node.append(node)
         for name in names:
             single.graph.input.append(value_info(name, self.types[name]))
@@ -447,24 +484,3 @@ def _draws(node: NodeProto) -> bool:
     if domain_of(node) == "" and node.op_type in _RANDOM:
         return node.op_type != "Dropout" or len(node.input) > 2 or len(node.output) > 1
     return any(_draws(inner) for body in subgraphs(node) for inner in body.node)
-
-
-def attribute_of(node: NodeProto, name: str, default: Any = None) -> Any:
-    """A plain attribute (number, string as bytes, or list) of a node."""
-    for attribute in node.attribute:
-        if attribute.name == name:
-            if attribute.type == AttributeProto.INT:
-                return attribute.i
-            if attribute.type == AttributeProto.INTS:
-                return list(attribute.ints)
-    return default
-
-
-def optional_outputs(node: NodeProto, opsets: Mapping[str, int]) -> set[int]:
-    """Positions of outputs that the operator's schema lets a model leave out."""
-    domain = domain_of(node)
-    schema = schema_of(node.op_type, opsets.get(domain, 1), domain)
-    if schema is None:
-        return set()
-    optional = onnx.defs.OpSchema.FormalParameterOption.Optional
-    return {i for i, parameter in enumerate(schema.outputs) if parameter.option == optional}

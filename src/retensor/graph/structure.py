@@ -83,7 +83,9 @@ class Program(Protocol):
     def parameter(self, name: str) -> Bytes:
         """Bytes of a parameter tensor."""
 
-    def run_operator(self, operator: Operator, storages: Mapping[str, Bytes], keep_parameters: bool) -> dict[str, Bytes]:
+    def run_operator(
+        self, operator: Operator, storages: Mapping[str, Bytes], keep_parameters: bool
+    ) -> dict[str, Bytes]:
         """Run one operator on its input storages and return its output storages.
 
         With ``keep_parameters`` the parameters are not in ``storages`` and come from the program itself.

@@ -8,8 +8,9 @@ strides. :meth:`TorchProgram.run_plain` runs the exported module the ordinary wa
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -92,21 +93,40 @@ class TorchProgram:
     Parameters are shared with the module that was exported, not copied.
     """
 
-    def __init__(self, exported: ExportedProgram, functional: ExportedProgram, wiring: Wiring) -> None:  # noqa: D107
+    def __init__(self, exported: ExportedProgram, functional: ExportedProgram, wiring: Wiring) -> None:
         self._exported = exported
         self._wiring = wiring
         self._nodes: dict[str, Node] = {node.name: node for node in functional.graph.nodes}
         self._functional = functional
+        self._measured = False
+        self._index()
+
+    def _index(self) -> None:
+        """Find layouts and producers by tensor name."""
         self._layouts: dict[str, Layout] = {}
         self._source: dict[str, tuple[str, int]] = {}
-        for layout in wiring.inputs:
+        for layout in self._wiring.inputs:
             if isinstance(layout, Layout):
                 self._layouts.setdefault(layout.storage, layout)
-        for node, layouts in wiring.made.items():
+        for node, layouts in self._wiring.made.items():
             for index, made in enumerate(layouts):
                 if made is not None:
                     self._layouts[made.storage] = made
                     self._source[made.storage] = (node, index)
+
+    def _measure(self) -> None:
+        """Before the first run, replace the strides that fake tensors foretold by those of real execution.
+
+        Fake kernels sometimes choose another memory format than the real ones do, and another format is another
+        order of summation. One plain run tells; data do not matter. Where the real strides do not suit a view
+        that the program was exported with, the foretold ones stay.
+        """
+        if self._measured:
+            return
+        self._measured = True
+        with contextlib.suppress(RuntimeError):
+            self._wiring = _measured(self._wiring, list(self._functional.graph.nodes), self.example_inputs(0))
+            self._index()
 
     @property
     def exported(self) -> ExportedProgram:
@@ -150,6 +170,7 @@ class TorchProgram:
         """
         import torch
 
+        self._measure()
         run = _Run(self._wiring, storages, keep_parameters)
         with torch.no_grad():
             for name in operator.nodes or (operator.name,):
@@ -176,6 +197,7 @@ class TorchProgram:
         import torch
         from torch.utils import _pytree as pytree
 
+        self._measure()
         flat: list[Any] = []
         for given in self._wiring.inputs:
             if not isinstance(given, Layout):
@@ -212,13 +234,7 @@ class TorchProgram:
         node, index = self._source[name]
         with torch.no_grad():
             run = _Run(self._wiring, inputs, keep_parameters=True)
-            # Only what the node depends on, in program order.
-            needed, stack = {node}, [self._nodes[node]]
-            while stack:
-                for source in stack.pop().all_input_nodes:
-                    if source.name not in needed:
-                        needed.add(source.name)
-                        stack.append(source)
+            needed = _needed(self._nodes[node])
             for step in self._functional.graph.nodes:
                 if step.name in needed and step.name in self._wiring.made:
                     run.settle(step, run.evaluate(step))
@@ -290,6 +306,59 @@ class _Run:
                 raise GraphError(f"the operator reads tensor '{name}', which was not given")
             self.owned[name] = _own(self.storages[name], name)
         return self.owned[name]
+
+
+def _measured(wiring: Wiring, nodes: Sequence[Node], inputs: Mapping[str, Bytes]) -> Wiring:
+    """``wiring`` with the strides of one real run, which leaves every result in the strides its kernel chose."""
+    import torch
+
+    live = _needed(nodes[-1])
+    steps = [node for node in nodes[:-1] if node.name in live and node.op == "call_function"]
+    last = {source.name: node.name for node in steps for source in node.all_input_nodes}
+    kept = {node.name for node in nodes[-1].all_input_nodes}
+    run = _Run(wiring, inputs, keep_parameters=True)
+    made: dict[str, tuple[Layout | None, ...]] = {}
+    with torch.no_grad():
+        for node in steps:
+            if node.name in wiring.made:
+                single = node.name in wiring.single
+                result = run.evaluate(node)
+                values: list[Any] = []
+                layouts: list[Layout | None] = []
+                for value, planned in zip([result] if single else result, wiring.made[node.name], strict=True):
+                    layout = None if planned is None else _natural(value, planned)
+                    layouts.append(layout)
+                    values.append(value if layout is None else _copy(value, layout))
+                made[node.name] = tuple(layouts)
+                run.values[node.name] = values[0] if single else values
+            else:
+                run.value(node)
+            for source in node.all_input_nodes:
+                if last[source.name] == node.name and source.name not in kept:
+                    run.values.pop(source.name, None)
+        outputs = list(wiring.outputs)
+        for index, result in enumerate(nodes[-1].args[0]):
+            layout = outputs[index]
+            if layout is not None:
+                value = run.value(result)
+                outputs[index] = replace(layout, strides=tuple(value.stride()), offset=value.storage_offset())
+    return replace(wiring, made=made, outputs=tuple(outputs))
+
+
+def _needed(node: Node) -> set[str]:
+    """Names of the nodes that ``node`` depends on, itself among them."""
+    needed, stack = {node.name}, [node]
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source.name not in needed:
+                needed.add(source.name)
+                stack.append(source)
+    return needed
+
+
+def _natural(value: torch.Tensor, layout: Layout) -> Layout:
+    strides = tuple(value.stride())
+    return replace(layout, strides=strides if dense(layout.shape, strides) else contiguous_strides(layout.shape))
 
 
 def dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
@@ -375,7 +444,6 @@ def _value(storage: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 def _settled(value: torch.Tensor, layout: Layout, where: str) -> torch.Tensor:
     """``value`` in the strides of ``layout``; copied where the kernel chose others."""
-    import torch
 
     if tuple(value.shape) != layout.shape or value.dtype != layout.dtype:
         raise GraphError(
@@ -384,6 +452,13 @@ def _settled(value: torch.Tensor, layout: Layout, where: str) -> torch.Tensor:
         )
     if value.stride() == layout.strides and not value.is_conj() and not value.is_neg():
         return value
+    return _copy(value, layout)
+
+
+def _copy(value: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """``value`` in a storage of its own, dense, in the strides of ``layout``."""
+    import torch
+
     return torch.empty_strided(layout.shape, layout.strides, dtype=layout.dtype).copy_(value)
 
 
@@ -391,7 +466,7 @@ def _dense_bytes(value: torch.Tensor, layout: Layout) -> Bytes:
     """A copy of ``value`` as dense bytes in the strides of ``layout``."""
     import torch
 
-    own = torch.empty_strided(layout.shape, layout.strides, dtype=layout.dtype).copy_(value)
+    own = _copy(value, layout)
     return _as_bytes(torch.as_strided(own, (own.numel(),), (1,)))
 
 

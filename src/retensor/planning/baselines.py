@@ -268,8 +268,22 @@ def _arena(problem: Problem, order: tuple[int, ...], stays: list[Stay], scratchp
     return Held(tuple(stays), tuple(places[i] for i in range(len(stays))), transient)
 
 
-def _step_by_step(problem: Problem, order: tuple[int, ...], scratchpad: int, replacement: Replacement) -> Held:
-    """Place each step's tensors when it runs, evicting until there is a gap."""
+def follow(problem: Problem, order: tuple[int, ...], stays: Sequence[Stay], scratchpad: int) -> Held:
+    """Addresses as the steps come for stays that need not pack: more is evicted where no gap is left."""
+    return _step_by_step(problem, order, scratchpad, "greedy", stays)
+
+
+def _step_by_step(
+    problem: Problem,
+    order: tuple[int, ...],
+    scratchpad: int,
+    replacement: Replacement,
+    intended: Sequence[Stay] = (),
+) -> Held:
+    """Place each step's tensors when it runs, evicting until there is a gap.
+
+    What ``intended`` lets go before its last use leaves then, whether or not there is need.
+    """
     step_of = steps_of(order)
     uses = [sorted(step_of[user] for user in item.users) for item in problem.items]
     pad = _Scratchpad(scratchpad, problem.alignment)
@@ -277,6 +291,9 @@ def _step_by_step(problem: Problem, order: tuple[int, ...], scratchpad: int, rep
     stays: list[Stay] = []
     addresses: list[int] = []
     transient_addresses: list[tuple[int, ...]] = [()] * problem.n
+    leaving: dict[int, list[int]] = {}
+    for stay in intended:
+        leaving.setdefault(stay.end, []).append(stay.item)
 
     def leave(item: int, step: int) -> None:
         stays.append(Stay(item, since.pop(item), step))
@@ -284,6 +301,9 @@ def _step_by_step(problem: Problem, order: tuple[int, ...], scratchpad: int, rep
 
     for step, operator in enumerate(order):
         own = problem.touched[operator]
+        for item in leaving.get(step, ()):
+            if item in since:
+                leave(item, step)
         sizes = {item: problem.items[item].size for item in own}
         transients = [-1 - position for position in range(len(problem.transients[operator]))]
         sizes |= {key: size for key, (_, size) in zip(transients, problem.transients[operator], strict=True)}

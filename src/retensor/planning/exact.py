@@ -19,11 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, product
 
 from retensor.graph.structure import Graph
 from retensor.planning.allocate import Block, Packing, pack
-from retensor.planning.baselines import Replacement, sequence_of, simulate
+from retensor.planning.baselines import Placement, Replacement, follow, sequence_of, simulate
 from retensor.planning.bounds import resolve_scratchpad
 from retensor.planning.chains import glue
 from retensor.planning.peak import least_peak
@@ -352,15 +352,17 @@ class _Search:
         return _Layout(order, stays, addresses[: len(stays)], transient)
 
     def fallback(self) -> _Layout:
-        """The best complete plan that replacement policies find, for the orders at hand."""
-        orders = [self.fixed] if self.fixed is not None else [tuple(range(self.problem.n))]
-        if self.fixed is None and sum(len(s.part.operators) for s in self.solved) == self.problem.n:
-            orders.append(self._join()[0])
+        """The best complete plan at hand: the stays found so far, and what replacement policies find."""
+        problem, orders, runs = self.problem, [self.fixed or tuple(range(self.problem.n))], []
+        if sum(len(s.part.operators) for s in self.solved) == problem.n:
+            order, stays = self._join()
+            runs.append((order, follow(problem, order, stays, self.scratchpad)))
+            orders.append(order)
         policies: tuple[Replacement, ...] = ("belady", "greedy")
-        runs = [
-            (order, simulate(self.problem, order, self.scratchpad, policy)) for order in orders for policy in policies
-        ]
-        order, held = min(runs, key=lambda run: traffic(self.problem, run[1].stays))
+        placements: tuple[Placement, ...] = ("arena", "online")
+        for order, policy, placement in product(dict.fromkeys(orders), policies, placements):
+            runs.append((order, simulate(problem, order, self.scratchpad, policy, placement)))
+        order, held = min(runs, key=lambda run: traffic(problem, run[1].stays))
         return _Layout(order, held.stays, held.addresses, held.transient_addresses)
 
     # -- progress -------------------------------------------------------------------------------
