@@ -16,7 +16,7 @@ SHELL := /bin/bash
 VENV := .venv
 BASE := .venv-plan
 MODEL ?= densenet121
-SCRATCHPAD ?= M_R
+SCRATCHPAD ?= M_H
 JOBS ?= 2
 
 # An interpreter that is new enough, may be named from outside: make test PYTHON=/opt/python3.12/bin/python3

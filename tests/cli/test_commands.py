@@ -201,11 +201,12 @@ def test_int8_plans_count_one_byte_an_element_and_do_not_run(cli, onnx_file, tmp
     assert "element type" in refused.err
 
 
-def test_compare_lists_cosma_and_four_baselines_none_of_them_better(cli, graph_file):
+def test_compare_lists_cosma_and_the_baselines_in_both_placements_none_of_them_better(cli, graph_file):
     found = object_of(cli("compare", graph_file, "--scratchpad", "M_R", "--json"))
     assert found["non_compulsory_bytes"] == 64
-    pairs = [(row["schedule"], row["replacement"]) for row in found["baselines"]]
-    assert sorted(pairs) == [("default", "belady"), ("default", "greedy"), ("mpmf", "belady"), ("mpmf", "greedy")]
+    pairs = [(row["schedule"], row["replacement"], row["placement"]) for row in found["baselines"]]
+    four = [("default", "belady"), ("default", "greedy"), ("mpmf", "belady"), ("mpmf", "greedy")]
+    assert sorted(pairs) == sorted((*pair, placement) for pair in four for placement in ("arena", "online"))
     for row in found["baselines"]:
         assert row["non_compulsory_bytes"] >= 64
         assert row["reduction"] == pytest.approx(1 - 64 / row["non_compulsory_bytes"])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from retensor.errors import GraphError, MissingExtraError
+from retensor.errors import GraphError
 from retensor.graph.structure import Graph, Operator
 from retensor.graph.torch import load_torch
 
@@ -415,6 +415,8 @@ def test_storages_at_any_address_work(everything, shift):
         ("timm:vit_tiny_patch16_224", (1, 3, 224, 224)),
         ("lraspp_mobilenet_v3_large", (1, 3, 64, 64)),
         ("swin_t", (1, 3, 64, 64)),
+        # Fake kernels foretell other strides than the real ones of its depthwise convolutions.
+        ("timm:pvt_v2_b0", (1, 3, 224, 224)),
     ],
 )
 def test_small_networks_are_bit_equal_operator_by_operator(name, shape, fuse):
@@ -422,6 +424,7 @@ def test_small_networks_are_bit_equal_operator_by_operator(name, shape, fuse):
     assert_runs_bit_equal(graph, seed=3)
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 @pytest.mark.parametrize("fuse", [False, True])
 def test_a_small_transformer_is_bit_equal_operator_by_operator(fuse):
     module = nn.Transformer(16, 4, 2, 2, 32)
@@ -528,114 +531,6 @@ def test_inputs_reshape_the_example_inputs_of_a_module():
     assert load_torch(nn.ReLU(), inputs={"input": (7, 3)}, fuse=False).digest == graph.digest
 
 
-# Bad input
-
-
-def test_dynamic_shapes_are_refused():
-    batch = torch.export.Dim("batch", min=2, max=8)
-    exported = torch.export.export(nn.ReLU(), (torch.randn(3, 4),), dynamic_shapes={"input": {0: batch}})
-    with pytest.raises(GraphError, match=r"dynamic shape .*; export with fixed shapes"):
-        load_torch(exported)
-
-
-@pytest.mark.parametrize("function", [lambda m, x: x.nonzero(), lambda m, x: x[x > 0], lambda m, x: x.unique()])
-def test_shapes_that_depend_on_data_are_refused(function):
-    with pytest.raises(GraphError, match=r"depend.* on the data"):
-        load_function(function, torch.randn(3, 4))
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda m, x: x + torch.rand(4),
-        lambda m, x: functional.dropout(x, 0.5, training=True),
-        lambda m, x: torch.bernoulli(x.sigmoid()),
-        lambda m, x: functional.scaled_dot_product_attention(x, x, x, dropout_p=0.5),
-        lambda m, x: x + torch.randn_like(x),
-    ],
-)
-def test_random_operators_are_refused(function):
-    with pytest.raises(GraphError, match="is random"):
-        load_function(function, torch.randn(2, 3, 4))
-
-
-def test_control_flow_on_data_is_refused():
-    def branch(module, x):
-        return torch.cond(x.sum() > 0, lambda y: y + 1, lambda y: y - 1, (x,))
-
-    with pytest.raises(GraphError, match="cond"):
-        load_function(branch, torch.randn(3))
-
-
-def test_a_written_buffer_and_a_written_input_are_refused():
-    def count(module, x):
-        module.total.add_(1)
-        return x + module.total
-
-    with pytest.raises(GraphError, match=r"changes 'total' .*buffer_mutation"):
-        load_function(count, torch.randn(3), total=torch.zeros(()))
-    with pytest.raises(GraphError, match=r"changes 'x' .*input_mutation"):
-        load_function(lambda m, x: x.add_(1), torch.randn(3))
-
-
-def test_a_program_exported_in_training_mode_is_refused():
-    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    exported = torch.export.export(module.train(), (torch.randn(2, 3, 6, 6),))
-    with pytest.raises(GraphError, match="eval mode"):
-        load_torch(exported)
-
-
-def test_a_module_that_cannot_be_exported_is_refused_and_left_in_its_mode():
-    def function(module, x):
-        raise RuntimeError("broken on purpose")
-
-    module = Forward(function)
-    with pytest.raises(GraphError, match=r"cannot export Forward: .*broken on purpose"):
-        load_torch(module, example_inputs=torch.randn(3))
-    assert module.training
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"source": "resnet5O"}, GraphError, "did you mean"),
-        ({"source": "keras:resnet50"}, GraphError, "names no library"),
-        ({"source": "timm:hf-hub:someone/something"}, GraphError, "no network is named"),
-        ({"source": "torch:bert"}, GraphError, "no network is named"),
-        ({"source": ""}, GraphError, "no network is named"),
-        ({"source": "squeezenet1_1", "inputs": {"y": (1, 3, 64, 64)}}, GraphError, "no input 'y'"),
-        ({"source": "squeezenet1_1", "inputs": {"x": (1, 3, 0, 64)}}, GraphError, "positive integers"),
-        ({"source": "squeezenet1_1", "inputs": {"x": "1x3x64x64"}}, GraphError, "positive integers"),
-        ({"source": "squeezenet1_1", "inputs": {"x": (1, 3, 2**30, 2**30)}}, GraphError, "larger than"),
-        ({"source": "squeezenet1_1", "inputs": {"x": (1, 4, 64, 64)}}, GraphError, "cannot export"),
-        ({"source": "squeezenet1_1", "dtype": "int3"}, ValueError, "'int3' is not known"),
-        ({"source": "squeezenet1_1", "example_inputs": torch.zeros(1)}, ValueError, "go with a module"),
-        ({"source": nn.ReLU()}, ValueError, "needs example inputs"),
-        ({"source": nn.ReLU(), "example_inputs": torch.zeros(3), "inputs": {"z": (3,)}}, GraphError, "no tensor input"),
-        ({"source": 3}, TypeError, "not int"),
-    ],
-)
-def test_bad_arguments_are_refused_with_one_sentence(arguments, error, message):
-    source = arguments.pop("source")
-    with pytest.raises(error, match=message) as caught:
-        load_torch(source, **arguments)
-    assert "\n" not in str(caught.value)
-
-
-def test_an_exported_program_refuses_other_input_shapes():
-    exported = torch.export.export(nn.ReLU().eval(), (torch.randn(3, 4),))
-    with pytest.raises(GraphError, match="was exported with 'input' of shape"):
-        load_torch(exported, inputs={"input": (5, 4)})
-    with pytest.raises(GraphError, match="no input 'x'"):
-        load_torch(exported, inputs={"x": (3, 4)})
-
-
-def test_without_torch_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(MissingExtraError, match=r'pip install "retensor\[torch\]"'):
-        load_torch("resnet50")
-
-
 def test_importing_the_loader_does_not_import_torch():
     code = "import sys, retensor.graph.torch, retensor.graph.torch_program; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -692,14 +587,15 @@ class Random(nn.Module):
     def forward(self, x):
         values = [x * 1.5]
         for name, one, other in self.steps:
-            values.append(STEPS[name](self, values[one % len(values)], values[other % len(values)]))
+            value = STEPS[name](self, values[one % len(values)], values[other % len(values)])
+            values.append(value if value.dim() else value.reshape(1))
         return torch.cat([value.flatten() for value in values]), values[-1]
 
 
 @given(
     steps=_steps(), shape=st.lists(st.integers(1, 5), min_size=2, max_size=3), fuse=st.booleans(), keep=st.booleans()
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_small_module_is_bit_equal_operator_by_operator(steps, shape, fuse, keep):
     module = Random(steps)
     graph = load_torch(module, example_inputs=torch.zeros(shape), fuse=fuse)

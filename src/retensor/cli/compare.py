@@ -36,15 +36,37 @@ from retensor.cli.watch import watch
 if TYPE_CHECKING:
     from retensor.graph.structure import Graph
     from retensor.planning import Bounds
+    from retensor.planning.baselines import Placement, Replacement, Schedule
     from retensor.planning.plan import Accelerator, Plan
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """The baselines' plans, by name, and the bounds whose schedule two of them follow."""
+class Baseline:
+    """Which baseline: its schedule, replacement policy and placement of addresses."""
 
-    baselines: Sequence[tuple[str, Plan]]
+    schedule: Schedule
+    replacement: Replacement
+    placement: Placement
+
+    @property
+    def name(self) -> str:
+        """For people: ``MPMF order, greedy, arena``."""
+        order = {"default": "model's order", "mpmf": "MPMF order"}[self.schedule]
+        policy = {"belady": "Belady", "greedy": "greedy"}[self.replacement]
+        return f"{order}, {policy}, {self.placement}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The baselines' plans, and the bounds whose schedule half of them follow."""
+
+    plans: Sequence[tuple[Baseline, Plan]]
     bounds: Bounds
+
+    @property
+    def named(self) -> list[tuple[str, Plan]]:
+        """The plans by the baselines' names."""
+        return [(baseline.name, plan) for baseline, plan in self.plans]
 
 
 def compare(
@@ -62,8 +84,9 @@ def compare(
 ) -> None:
     """Set COSMA beside the four baselines: bytes, how much of them COSMA removes, and time.
 
-    A baseline is a schedule (the model's, or the one of least peak footprint, MPMF), a linear allocator
-    and a replacement policy (Belady's, or the greedy choice of the fewest bytes).
+    A baseline is a schedule (the model's, or the one of least peak footprint, MPMF), a replacement policy
+    (Belady's, or the greedy choice of the fewest bytes) and a linear allocator, which places all tensors in
+    advance (arena) or each when its step comes (online).
     """
     check_time_limit(time_limit)
     from retensor import planning
@@ -75,7 +98,7 @@ def compare(
         found = planning.plan(
             graph, accelerator, parameters=weights, time_limit=time_limit, seed=seed, progress=seen.progress
         )
-    beside = compare_with_baselines(graph, accelerator, found, time_limit=time_limit, seed=seed)
+    beside = compare_with_baselines(graph, accelerator, found, ("arena", "online"), time_limit=time_limit, seed=seed)
     if json:
         print_json(
             graph_counts(graph)
@@ -98,9 +121,15 @@ def compare(
 
 
 def compare_with_baselines(
-    graph: Graph, accelerator: Accelerator, found: Plan, *, time_limit: float, seed: int
+    graph: Graph,
+    accelerator: Accelerator,
+    found: Plan,
+    placements: Sequence[Placement] = ("arena",),
+    *,
+    time_limit: float,
+    seed: int,
 ) -> Comparison:
-    """Run the four baselines at the scratchpad of ``found``; the MPMF schedule is solved once for both of its two."""
+    """Run the four baselines at the scratchpad of ``found``; the MPMF schedule is solved once for all of its rows."""
     from retensor import planning
     from retensor.planning.plan import Accelerator
 
@@ -117,26 +146,21 @@ def compare_with_baselines(
         )
         plans = [
             (
-                baseline_name(schedule, replacement),
+                Baseline(schedule, replacement, placement),
                 planning.baseline(
                     graph,
                     budget,
                     schedule=schedule,
                     replacement=replacement,
+                    placement=placement,
                     parameters=found.parameters,
                     order=limits.order if schedule == "mpmf" else None,
                 ),
             )
+            for placement in placements
             for schedule, replacement in planning.BASELINES
         ]
     return Comparison(plans, limits)
-
-
-def baseline_name(schedule: str, replacement: str) -> str:
-    """A baseline for people: ``MPMF schedule, greedy``."""
-    schedules = {"default": "model's order", "mpmf": "MPMF order"}
-    policies = {"belady": "Belady", "greedy": "greedy"}
-    return f"{schedules.get(schedule, schedule)}, {policies.get(replacement, replacement)}"
 
 
 def reduction(ours: int, theirs: int) -> float | None:
@@ -146,19 +170,18 @@ def reduction(ours: int, theirs: int) -> float | None:
 
 def comparison_to_json(found: Plan, beside: Comparison) -> list[dict[str, Any]]:
     """The baselines as objects, in the order of the table."""
-    from retensor import planning
-
     return [
         {
-            "name": name,
-            "schedule": schedule,
-            "replacement": replacement,
+            "name": baseline.name,
+            "schedule": baseline.schedule,
+            "replacement": baseline.replacement,
+            "placement": baseline.placement,
             "compulsory_bytes": other.compulsory_bytes,
             "non_compulsory_bytes": other.non_compulsory_bytes,
             "reduction": reduction(found.non_compulsory_bytes, other.non_compulsory_bytes),
             "seconds": round(other.seconds, 3),
         }
-        for (schedule, replacement), (name, other) in zip(planning.BASELINES, beside.baselines, strict=True)
+        for baseline, other in beside.plans
     ]
 
 
@@ -166,7 +189,7 @@ def print_comparison(found: Plan, beside: Comparison) -> None:
     """The table: the plan first, then each baseline and what the plan saves of it."""
     mark = "" if found.status == "optimal" else f" (gap {percent(found.gap)})"
     rows = [(f"COSMA{mark}", f"{found.non_compulsory_bytes:,}", "", f"{found.seconds:.2f} s")]
-    for name, other in beside.baselines:
+    for name, other in beside.named:
         saved = reduction(found.non_compulsory_bytes, other.non_compulsory_bytes)
         shown = "nothing to remove" if saved is None else percent(saved)
         rows.append((name, f"{other.non_compulsory_bytes:,}", shown, f"{other.seconds:.2f} s"))

@@ -110,7 +110,7 @@ def plan(
         beside = compare_with_baselines(graph, accelerator, found, time_limit=time_limit, seed=seed)
     if report is not None:
         planning.write_report(
-            report, graph, found, beside.baselines if beside else (), bounds=beside.bounds if beside else None
+            report, graph, found, beside.named if beside else (), bounds=beside.bounds if beside else None
         )
     if picture is not None:
         planning.plot_plan(picture, graph, found)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
+import io
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -198,7 +199,8 @@ def _evaluating(module: torch.nn.Module) -> Iterator[None]:
         module.eval()
         # The fast path turns a whole encoder layer into one opaque operator that no accelerator has.
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(), warnings.catch_warnings():
+        # Where it fails, torch prints the program so far, besides raising an error.
+        with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

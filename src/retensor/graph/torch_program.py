@@ -119,12 +119,12 @@ class TorchProgram:
 
         Fake kernels sometimes choose another memory format than the real ones do, and another format is another
         order of summation. One plain run tells; data do not matter. Where the real strides do not suit a view
-        that the program was exported with, the foretold ones stay.
+        that the program was exported with, or it does not run on random inputs, the foretold ones stay.
         """
         if self._measured:
             return
         self._measured = True
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError, IndexError):
             self._wiring = _measured(self._wiring, list(self._functional.graph.nodes), self.example_inputs(0))
             self._index()
 

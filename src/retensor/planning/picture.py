@@ -409,13 +409,17 @@ def _draw_sweep(axes: Axes, points: Sequence[SweepPointLike], dark: bool) -> Non
         colour = _BASELINE_INK[dark][i % len(_BASELINE_INK[dark])]
         dash = [(0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)), (0, (3, 3))][i % 4]
         axes.plot(*zip(*curve, strict=True), color=colour, linewidth=1.5, linestyle=dash, marker="o", markersize=3.5,
-                  label="\n".join(labels))  # fmt: skip
+                  drawstyle="steps-post", label="\n".join(labels))  # fmt: skip
     proved = all(low == high for low, high in zip(bound, ours, strict=True))
     if not proved:
-        axes.fill_between(across, bound, ours, color=ink["held"], linewidth=0, alpha=0.7, label="not yet proved")
-        axes.plot(across, bound, color=ink["muted"], linewidth=1.2, linestyle=(0, (1, 1.5)), label="proved bound")
+        axes.fill_between(
+            across, bound, ours, step="post", color=ink["held"], linewidth=0, alpha=0.7, label="not yet proved"
+        )
+        axes.plot(across, bound, color=ink["muted"], linewidth=1.2, linestyle=(0, (1, 1.5)), drawstyle="steps-pre",
+                  label="proved bound")  # fmt: skip
+    # Between two budgets the smaller one's plan still fits and nothing less was looked for: a step, not a slope.
     axes.plot(across, ours, color=ink["operands"], linewidth=2.6, marker="o", markersize=6, zorder=5, clip_on=False,
-              label="COSMA, proved optimal" if proved else "COSMA")  # fmt: skip
+              drawstyle="steps-post", label="COSMA, proved optimal at the dots" if proved else "COSMA")  # fmt: skip
     axes.set_ylim(0, top * 1.06)
     axes.margins(x=0.03)
     axes.set_xlabel("scratchpad", color=ink["muted"], size=11)

@@ -126,7 +126,7 @@ class Plan:
     def gap(self) -> float:
         """``(non_compulsory - bound) / non_compulsory``; 0 where the plan is proved optimal."""
         traffic = self.non_compulsory_bytes
-        return 0.0 if traffic <= self.bound_bytes else (traffic - self.bound_bytes) / traffic
+        return 0.0 if traffic <= max(self.bound_bytes, 0) else (traffic - self.bound_bytes) / traffic
 
     @property
     def status(self) -> Literal["optimal", "feasible"]:
