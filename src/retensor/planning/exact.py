@@ -5,9 +5,9 @@ off-chip data accesses of DNN accelerators", 2023, arXiv 2311.18246. The problem
 in stages that together are exact:
 
 1. The graph falls into parts (:mod:`.problem`); equal parts are solved once.
-2. Each part without addresses: no traffic where its least peak fits (:mod:`.peak`), else a free-order
-   search over residencies (:mod:`.residency`), started from the best evictions for two good orders.
-   The parts' optima add up to a lower bound of any plan.
+2. Each part without addresses: no traffic where its least peak fits (:mod:`.peak`), else a search over orders
+   and evictions, by frontiers (:mod:`.frontier`) and by CP-SAT over residencies (:mod:`.residency`), started
+   from the best evictions for two good orders. The parts' optima add up to a lower bound of any plan.
 3. Addresses for the stays found (:mod:`.allocate`). If they exist, the bound is met: the plan is optimal.
 4. If a part's stays cannot be packed, that part is solved again with addresses in the model; if parts
    pack alone but not together, they are joined and solved as one. Each such step keeps a proved bound.
@@ -26,6 +26,7 @@ from retensor.planning.allocate import Block, Packing, pack
 from retensor.planning.baselines import Placement, Replacement, follow, sequence_of, simulate
 from retensor.planning.bounds import resolve_scratchpad
 from retensor.planning.chains import glue
+from retensor.planning.frontier import search_frontier
 from retensor.planning.peak import least_peak
 from retensor.planning.plan import Accelerator, Plan, Residency, transfers_of
 from retensor.planning.problem import Part, Problem, build_problem, check_feasible, make_part, split
@@ -39,6 +40,11 @@ from retensor.planning.residency import (
     schedule_evict_and_place,
     steps_of,
 )
+
+FIRST_WIDTH = 200
+"""States of a layer in the first frontier search; each further one has eight times as many."""
+LARGEST_MODEL = 400
+"""Operators of a part beyond which CP-SAT's model with a free order finds nothing in any reasonable time."""
 
 
 def plan(
@@ -246,13 +252,28 @@ class _Search:
             best = min(best, self._evict(problem, program), key=lambda answer: answer.cost)
         # What was proved of one order says nothing of the others.
         best = Answer(best.order, best.stays, best.cost, 0)
-        if self.clock.left <= 0:
-            return best
-        return schedule_and_evict(
-            problem, self.capacity, self.clock, best, glued=glue(problem),
-            bound=self._least_eviction(problem) if low.bound > self.capacity else 0,
-            seed=self.seed, workers=self.workers, tell=self._watch(),
-        )  # fmt: skip
+        # Where the least peak does not fit, some item leaves at least once.
+        best = Answer(
+            best.order, best.stays, best.cost, self._least_eviction(problem) if low.bound > self.capacity else 0
+        )
+        return self._improve(problem, best)
+
+    def _improve(self, problem: Problem, best: Answer) -> Answer:
+        """Frontier search and CP-SAT in turn, each from the best plan and bound so far, until one proves it.
+
+        The frontier proves narrow problems at once and is the better beam; CP-SAT proves what is wide in orders
+        but short on choices.
+        """
+        width = FIRST_WIDTH
+        while not best.proved and self.clock.left > 0:
+            best = search_frontier(problem, self.capacity, self.clock, best, width=width)
+            if not best.proved and self.clock.left > 0 and width == FIRST_WIDTH and problem.n <= LARGEST_MODEL:
+                best = schedule_and_evict(
+                    problem, self.capacity, self.clock, best, bound=best.bound, glued=glue(problem), seed=self.seed,
+                    workers=self.workers, time_limit=self.clock.left / 2, tell=self._watch(),
+                )  # fmt: skip
+            width *= 8
+        return best
 
     def _least_eviction(self, problem: Problem) -> int:
         """Bytes of the cheapest single eviction: some tensor must leave where the least peak does not fit."""

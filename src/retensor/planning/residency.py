@@ -275,6 +275,7 @@ def schedule_and_evict(
     glued: Sequence[tuple[int, int]] = (),
     seed: int = 0,
     workers: int | None = None,
+    time_limit: float | None = None,
     tell: Tell | None = None,
 ) -> Answer:
     """The least bytes over all orders, with capacity (in units) as a sum at each step.
@@ -329,7 +330,7 @@ def schedule_and_evict(
         stays_of[stay.item] += 1
     for i, leave in leaves.items():
         model.add_hint(leave, stays_of[i] > 1)
-    solver, outcome = minimise(model, clock, seed=seed, workers=workers, tell=tell)
+    solver, outcome = minimise(model, clock, seed=seed, workers=workers, time_limit=time_limit, tell=tell)
     proved = max(bound, outcome.bound)
     if not outcome.solved:
         return Answer(hint.order, hint.stays, hint.cost, min(proved, hint.cost))
