@@ -16,6 +16,7 @@ from retensor.planning import BASELINES, Accelerator, baseline, bounds, plan, ve
 from retensor.planning.allocate import Block, pack
 from retensor.planning.baselines import _least_set
 from retensor.planning.chains import glue
+from retensor.planning.frontier import search_frontier
 from retensor.planning.peak import _cumulative, _greedy, least_peak, peak_of
 from retensor.planning.problem import Problem, build_problem, independent_parts, split
 from retensor.planning.progress import Clock
@@ -102,6 +103,33 @@ def test_the_parts_optima_add_up_to_the_whole_and_glued_chains_lose_nothing(para
     assert compared > 30
     assert cut > 5
     assert glued_pairs > 10
+
+
+def test_a_frontier_search_is_exact_where_it_is_wide_and_never_claims_too_much_where_it_is_narrow() -> None:
+    proved = unproved = narrow_proved = 0
+    for seed in range(240):
+        rng = random.Random(seed)
+        graph = random_graph(rng) if seed % 3 else layered_graph(rng, operators=rng.randint(6, 12), width=4)
+        problem = build_problem(graph, seed % 2 == 0, 1)
+        low = least_peak(problem, Clock(60))
+        capacity = max(problem.need)
+        if capacity >= low.peak:
+            continue
+        optimum = _without_cuts(problem, capacity, glued=False)
+        start = keep_or_evict(problem, capacity, tuple(range(problem.n)), Clock(60))
+        known = Answer(start.order, start.stays, start.cost, 0)
+        wide = search_frontier(problem, capacity, Clock(60), known, width=10**6, choices=10**6)
+        assert wide.proved
+        assert wide.cost == optimum.cost, f"seed {seed}"
+        proved += 1
+        for width, choices in ((1, 1), (2, 1), (4, 2)):
+            narrow = search_frontier(problem, capacity, Clock(60), known, width=width, choices=choices)
+            assert narrow.bound <= optimum.cost <= narrow.cost <= known.cost, f"seed {seed}"
+            unproved += not narrow.proved
+            narrow_proved += narrow.proved
+    assert proved > 60
+    assert unproved > 20
+    assert narrow_proved > 20
 
 
 def test_both_ways_to_the_least_peak_agree_with_each_other_and_all_orders() -> None:
