@@ -96,12 +96,17 @@ def bounds(
     return Bounds(m_r, operator, m_p, m_p_bound, (m_r + m_p) // 2, names, parameters, clock.seconds)
 
 
-def resolve_scratchpad(graph: Graph, accelerator: Accelerator, parameters: bool) -> int:
-    """The accelerator's scratchpad in bytes; relative sizes are worked out for ``graph``."""
+def resolve_scratchpad(
+    graph: Graph, accelerator: Accelerator, parameters: bool, *, time_limit: float = 60.0, seed: int = 0
+) -> int:
+    """The accelerator's scratchpad in bytes; relative sizes are worked out for ``graph``.
+
+    Where the least peak is not proved in time, ``M_P`` is the least that was found.
+    """
     text = accelerator.scratchpad
     if isinstance(text, int) or "M_" not in text:
         return parse_size(text)
     if "M_R" in text:
         return parse_size(text, {"M_R": minimum_required(graph, parameters, accelerator.alignment)[0]})
-    found = bounds(graph, parameters=parameters, alignment=accelerator.alignment)
+    found = bounds(graph, parameters=parameters, alignment=accelerator.alignment, time_limit=time_limit, seed=seed)
     return parse_size(text, {"M_P": found.m_p, "M_H": found.m_h})

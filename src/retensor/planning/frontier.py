@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from itertools import accumulate
 
-from retensor.planning.problem import Problem
+from retensor.planning.problem import Problem, bits
 from retensor.planning.progress import Clock
 from retensor.planning.residency import Answer, answer_from_evictions
 
@@ -63,16 +63,6 @@ def search_frontier(
     ``width`` limits the states of a layer, ``choices`` the sets to evict that one operator tries.
     """
     return _Frontier(problem, capacity, clock, known, width, choices).run()
-
-
-def bits(mask: int) -> list[int]:
-    """Positions of the ones of a mask."""
-    found = []
-    while mask:
-        low = mask & -mask
-        found.append(low.bit_length() - 1)
-        mask ^= low
-    return found
 
 
 class _Frontier:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from ortools.sat.python import cp_model
 
-from retensor.planning.problem import Problem
+from retensor.planning.problem import Problem, bits
 from retensor.planning.progress import Clock
 from retensor.planning.solver import minimise
 
@@ -113,7 +113,7 @@ def _explore(problem: Problem, clock: Clock) -> Peak | int:
         if len(settled) > STATE_LIMIT or (len(settled) % 1024 == 0 and clock.left <= 0):
             return peak
         free = _ready_free(state, done, live, ready, peak)
-        candidates = [free] if free is not None else _bits(ready)
+        candidates = [free] if free is not None else bits(ready)
         for operator in candidates:
             step, next_live = state.after(done, live, operator)
             next_done = done | 1 << operator
@@ -131,20 +131,11 @@ def _explore(problem: Problem, clock: Clock) -> Peak | int:
 
 
 def _ready_free(state: _State, done: int, live: int, ready: int, peak: int) -> int | None:
-    for operator in _bits(ready):
+    for operator in bits(ready):
         step, next_live = state.after(done, live, operator)
         if step <= peak and next_live <= live:
             return operator
     return None
-
-
-def _bits(mask: int) -> list[int]:
-    found = []
-    while mask:
-        low = mask & -mask
-        found.append(low.bit_length() - 1)
-        mask ^= low
-    return found
 
 
 def _walk_back(origin: dict[int, tuple[int, tuple[int, ...]]], done: int) -> tuple[int, ...]:

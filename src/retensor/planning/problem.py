@@ -22,6 +22,20 @@ from retensor.errors import InfeasibleError
 from retensor.graph.structure import Graph
 
 
+def bits(mask: int) -> list[int]:
+    """Positions of the ones of a mask.
+
+    >>> bits(0b1101)
+    [0, 2, 3]
+    """
+    found = []
+    while mask:
+        low = mask & -mask
+        found.append(low.bit_length() - 1)
+        mask ^= low
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
     """A tensor that is decided on.

@@ -18,7 +18,8 @@ class Progress:
     seconds : float
         Since the call began.
     incumbent, bound : int or None
-        Bytes of the best plan so far and the proved lower bound, where known.
+        Non-compulsory bytes of the best decisions so far, and the proved lower bound, where known. Until
+        addresses are found, the plan may cost more than the incumbent shows.
     done, total : int
         Parts finished and parts in all.
     """
@@ -35,13 +36,30 @@ ProgressCallback = Callable[[Progress], None]
 
 
 class Clock:
-    """Counts the seconds of one call, and those left of its time limit."""
+    """Counts the seconds of one call, and those left of its time limit.
+
+    A stage takes a share of what is left; a stop asked for anywhere stops the whole call.
+    """
 
     def __init__(self, time_limit: float) -> None:
         self._start = time.monotonic()
         self._limit = time_limit
-        self.stopped = False
-        """Set once the user has asked to stop: what remains takes the first answer at hand."""
+        self._stop: list[bool] = [False]
+
+    def share(self, fraction: float) -> Clock:
+        """A clock with a fraction of what is left, stopped together with this one."""
+        part = Clock(self.left * fraction)
+        part._stop = self._stop
+        return part
+
+    def stop(self) -> None:
+        """Let what remains take the first answer at hand: the user has asked to stop."""
+        self._stop[0] = True
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the user has asked to stop."""
+        return self._stop[0]
 
     @property
     def seconds(self) -> float:

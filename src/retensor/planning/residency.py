@@ -17,9 +17,10 @@ Three models, all solved by CP-SAT, the first two with capacity as a sum of byte
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ortools.sat.python import cp_model
 
@@ -66,7 +67,14 @@ def steps_of(order: Sequence[int]) -> list[int]:
 def gaps(item: Item, step: Sequence[int]) -> list[tuple[int, int]]:
     """Consecutive uses of an item, as pairs of steps."""
     uses = sorted(step[user] for user in item.users)
-    return list(itertools.pairwise(uses))
+    return list(pairwise(uses))
+
+
+def traffic(problem: Problem, stays: Iterable[Stay]) -> int:
+    """Non-compulsory bytes of a set of stays."""
+    counts = Counter(stay.item for stay in stays)
+    items = problem.items
+    return sum(items[i].size * (count - 1) + items[i].spill for i, count in counts.items() if count > 1)
 
 
 def answer_from_evictions(
@@ -75,19 +83,15 @@ def answer_from_evictions(
     """The answer that keeps every gap but those in ``evicted`` (item, step where the gap begins)."""
     step = steps_of(order)
     stays: list[Stay] = []
-    cost = 0
     for i, item in enumerate(problem.items):
         uses = sorted(step[user] for user in item.users)
-        start, retrieves = uses[0], 0
-        for here, there in itertools.pairwise(uses):
+        start = uses[0]
+        for here, there in pairwise(uses):
             if (i, here) in evicted:
                 stays.append(Stay(i, start, here + 1))
                 start = there
-                retrieves += 1
         stays.append(Stay(i, start, uses[-1] + 1))
-        if retrieves:
-            cost += item.size * retrieves + item.spill
-    return Answer(order, tuple(stays), cost, bound)
+    return Answer(order, tuple(stays), traffic(problem, stays), bound)
 
 
 def keep_or_evict(
@@ -229,10 +233,6 @@ def _read(
                 rows.append((step[user], step[user] + 1, opener))
         result[i] = rows
     return result
-
-
-def _cost_of(problem: Problem, stays: dict[int, int]) -> int:
-    return sum(problem.items[i].size * (count - 1) + problem.items[i].spill for i, count in stays.items() if count > 1)
 
 
 def _hint(
@@ -419,11 +419,9 @@ def schedule_evict_and_place(
     found = tuple(sorted(range(problem.n), key=lambda o: solver.value(position[o])))
     stays: list[Stay] = []
     addresses: list[int] = []
-    counts: dict[int, int] = {}
     for i, parts in _read(problem, solver, found, segments).items():
-        counts[i] = len(parts)
         for start, end, opener in parts:
             stays.append(Stay(i, start, end))
             addresses.append(solver.value(place[i, opener]))
-    answer = Answer(found, tuple(stays), _cost_of(problem, counts), proved)
+    answer = Answer(found, tuple(stays), traffic(problem, stays), proved)
     return Placed(answer, tuple(addresses)), proved

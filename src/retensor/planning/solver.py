@@ -84,7 +84,7 @@ def minimise(
         except KeyboardInterrupt:
             if clock.stopped:
                 raise
-            clock.stopped = True
+            clock.stop()
             solver.stop_search()
     solved = status[0] in (cp_model.OPTIMAL, cp_model.FEASIBLE)
     proved = status[0] in (cp_model.OPTIMAL, cp_model.INFEASIBLE)
