@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from benchmarks.peers.step_formulation import PeerResult, Solver, solve
+
 from retensor.claims import Claim, Report, Table, Verdict
 from retensor.graph import load
 from retensor.graph.networks import PAPER_NETWORKS
@@ -26,6 +28,11 @@ PAPER = (
 )
 PLACEMENTS: tuple[Placement, ...] = ("online", "arena")
 BUDGETS = ("M_R", "M_H", "M_P")
+RACE = ("ResNet-50", "R(2+1)D-18", "ViT", "DeepLabV3", "DenseNet-121", "Transformer")
+SOLVERS: tuple[Solver, ...] = ("highs", "cp-sat")
+RACE_LIMIT = 60.0
+RUNS = 3
+THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,21 @@ class Row:
 
     def mean(self, placement: Placement) -> float:
         return statistics.mean(self.baselines[placement])
+
+
+@dataclass(frozen=True)
+class Race:
+    """Median seconds of the paper's formulation and of ours."""
+
+    network: str
+    solver: Solver
+    result: PeerResult
+    theirs: float
+    ours: float
+
+    @property
+    def ratio(self) -> float:
+        return self.theirs / self.ours
 
 
 def rows_of(network: str, source: str, merged: bool) -> Iterator[Row]:
@@ -75,19 +97,88 @@ def measure(progress: Callable[[str], None]) -> Report:
             rows += rows_of(network, source, merged)
     plain = [row for row in rows if not row.merged]
     merged = [row for row in rows if row.merged]
+    races = [race for network in RACE for race in races_of(network, progress)]
     claims = [
         _zero_at_peak(plain),
         *(_reduction(plain, placement) for placement in PLACEMENTS),
         _time(merged, "merged graphs, activations alone and with parameters, three budgets"),
         _time(plain, "operator by operator, activations alone and with parameters, three budgets"),
+        _speed(races),
         _belady(rows),
     ]
     tables = [
+        _race_table(races),
         _table("Operator by operator", plain),
         _table("Convolutions merged with normalisation and activation (the default)", merged),
     ]
-    libraries = ("ortools", "torch", "torchvision", "numpy")
+    libraries = ("ortools", "highspy", "torch", "torchvision", "numpy")
     return Report("cosma", "COSMA: scheduling, addresses and evictions together", PAPER, claims, tables, libraries)
+
+
+def races_of(network: str, progress: Callable[[str], None]) -> Iterator[Race]:
+    """The paper's formulation and ours in turn, in this process, on the same graph, budget and threads."""
+    graph = load(PAPER_NETWORKS[network], dtype="int8")
+    scratchpad = bounds(graph).m_r
+    for solver in SOLVERS:
+        progress(f"{network}, the paper's formulation with {solver}")
+        ours, theirs = [], []
+        result: PeerResult | None = None
+        while len(theirs) < RUNS:
+            started = time.perf_counter()
+            made = plan(graph, Accelerator(scratchpad), workers=THREADS)
+            ours.append(time.perf_counter() - started)
+            started = time.perf_counter()
+            result = solve(graph, scratchpad, time_limit=RACE_LIMIT, threads=THREADS, solver=solver)
+            theirs.append(time.perf_counter() - started)
+            if theirs[-1] > RACE_LIMIT / 4:
+                # One run of a minute tells enough.
+                break
+        if result is None or (result.status == "optimal" and result.objective_bytes != made.non_compulsory_bytes):
+            raise AssertionError(f"{network}: the paper's formulation and ours disagree")
+        yield Race(network, solver, result, statistics.median(theirs), statistics.median(ours))
+
+
+def _speed(races: list[Race]) -> Claim:
+    parts = []
+    for solver in SOLVERS:
+        mine = [race for race in races if race.solver == solver]
+        done = sorted(race.ratio for race in mine if race.result.status == "optimal")
+        text = f"{solver}: median {statistics.median(done):.0f} times ours on the {len(done)} it proves"
+        if open_ones := [race for race in mine if race.result.status != "optimal"]:
+            text += f", not proved in {RACE_LIMIT:.0f} s on {', '.join(race.network for race in open_ones)}"
+        parts.append(text)
+    slower = all(race.ratio > 1 for race in races)
+    return Claim(
+        "(ours) Residencies solve faster than the paper's binaries for each tensor and step.",
+        f"{len(RACE)} networks, merged, activations alone, M_R; in turn in one process, {THREADS} threads, medians",
+        "the paper's integer program, written here (benchmarks/peers), with HiGHS and CP-SAT",
+        "no figure",
+        "; ".join(parts),
+        _verdict(slower, any(race.ratio > 1 for race in races)),
+        "the authors used Gurobi, which cannot be run here",
+    )
+
+
+def _race_table(races: list[Race]) -> Table:
+    return Table(
+        f"The paper's formulation against ours, M_R, activations alone, {THREADS} threads",
+        ["Network", "Solver", "Rows", "Columns", "Status", "Bytes", "Bound", "Seconds", "Ours, seconds", "Ratio"],
+        [
+            [
+                race.network,
+                race.solver,
+                race.result.rows,
+                race.result.columns,
+                race.result.status,
+                "none" if race.result.objective_bytes is None else f"{race.result.objective_bytes:,}",
+                race.result.bound_bytes,
+                round(race.theirs, 3),
+                round(race.ours, 3),
+                round(race.ratio, 1),
+            ]
+            for race in races
+        ],
+    )
 
 
 def _verdict(held: bool, partly: bool) -> Verdict:
@@ -130,9 +221,10 @@ def _reduction(rows: list[Row], placement: Placement) -> Claim:
     }[placement]
     reached = max(statistics.mean(alone), statistics.mean(both)) >= 0.84
     reason = {
-        "online": "every plan is proved optimal, so the rest of the difference is in the graphs and the baselines",
-        "arena": "an arena that knows all lifetimes has little fragmentation, and on chains every order and "
-        "eviction policy is near the optimum; the paper's figure needs placement step by step",
+        "online": f"{sum(r.plan.status == 'optimal' for r in rows)} of {len(rows)} plans are proved optimal, so the "
+        "rest of the difference is in the graphs and the baselines",
+        "arena": "with all lifetimes known the policies come near the proved optimum on most of these networks; "
+        "the paper's figure needs placement step by step",
     }[placement]
     return Claim(
         "At M_R COSMA removes on average 84 % of the baselines' non-compulsory accesses over ten networks.",
@@ -149,11 +241,16 @@ def _time(rows: list[Row], setting: str) -> Claim:
     seconds = [row.seconds for row in rows]
     proved = sum(row.plan.status == "optimal" for row in rows)
     slowest = max(rows, key=lambda row: row.seconds)
-    held = proved == len(rows) and statistics.mean(seconds) < 0.296 and statistics.median(seconds) < 1
+    held = (
+        proved == len(rows)
+        and statistics.mean(seconds) < 0.296
+        and statistics.median(seconds) < 1
+        and max(seconds) < 20
+    )
     return Claim(
         "Solving takes 0.296 s on average (Gurobi, Apple M1 Pro, 8 cores); DeepLabV3 with parameters up to 17.2 s.",
         f"{setting}, addresses included; all cores of this machine",
-        "the paper's figure, on its own machine",
+        "the paper's figure on its own machine: an orientation, not a race (that is below)",
         "mean 0.296 s",
         f"{proved} of {len(rows)} proved optimal; median {statistics.median(seconds):.3f} s, mean "
         f"{statistics.mean(seconds):.3f} s, longest {slowest.seconds:.1f} s ({slowest.network}, {slowest.budget})",

@@ -114,6 +114,10 @@ def load_measure(path: Path) -> Measure:
     if spec is None or spec.loader is None:
         raise RetensorError(f"'{path}' is no Python file")
     module = importlib.util.module_from_spec(spec)
+    # A claim may import its peers, which lie beside it: benchmarks.peers.
+    root = str(path.resolve().parents[1])
+    if root not in sys.path:
+        sys.path.insert(0, root)
     # Dataclasses look their module up by name.
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -147,9 +151,33 @@ def write_table(folder: Path, target: Path) -> None:
         "measured again with the command under its heading. A claim that does not hold here is shown as such.",
         "",
     ]
-    for path in sorted((folder / "results").glob("*.json")):
-        lines += _section(json.loads(path.read_text()))
+    for result in _results(folder):
+        lines += _section(result)
     write_atomic(target, "\n".join(lines))
+
+
+README_BLOCK = ("<!-- claims: made by retensor claims -->", "<!-- end of claims -->")
+
+
+def write_readme(folder: Path, target: Path) -> None:
+    """Renew the table of claims in a README, between the two marks of ``README_BLOCK``; without marks, nothing."""
+    text = target.read_text() if target.is_file() else ""
+    begin, end = README_BLOCK
+    if begin not in text or end not in text:
+        return
+    rows = [
+        [result["system"].split(":")[0], claim["statement"], claim["baseline"], claim["ours"], claim["verdict"]]
+        for result in _results(folder)
+        for claim in result["claims"]
+    ]
+    table = "\n".join(_grid(["System", "Claim", "Against", "Here", "Verdict"], rows))
+    before, _, rest = text.partition(begin)
+    after = rest.partition(end)[2]
+    write_atomic(target, f"{before}{begin}\n{table}\n{end}{after}")
+
+
+def _results(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted((folder / "results").glob("*.json"))]
 
 
 def _section(result: Mapping[str, Any]) -> list[str]:
@@ -203,7 +231,7 @@ def _commit(folder: Path) -> str:
 
     try:
         # Results and the table they make may differ from the commit; anything else must not go unsaid.
-        changed = git("status", "--porcelain", "--", ":/", ":!/benchmarks/results", ":!/CLAIMS.md")
+        changed = git("status", "--porcelain", "--", ":/", ":!/benchmarks/results", ":!/CLAIMS.md", ":!/README.md")
         return git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -14,7 +14,7 @@ from retensor.errors import PlanError
 from retensor.graph import Graph, Operator, Tensor
 from retensor.planning import BASELINES, Accelerator, baseline, bounds, plan, verify
 from retensor.planning.allocate import Block, pack
-from retensor.planning.baselines import _least_set
+from retensor.planning.baselines import _least_set, _Scratchpad
 from retensor.planning.chains import glue
 from retensor.planning.frontier import search_frontier
 from retensor.planning.peak import _cumulative, _greedy, least_peak, peak_of
@@ -247,6 +247,45 @@ def test_belady_is_not_optimal_and_greedy_can_be_better() -> None:
         for policy in ("belady", "greedy")
     }
     assert traffic == {"belady": 12, "greedy": 4}
+
+
+def test_an_arena_with_all_lifetimes_is_never_worse_than_placing_tensors_as_they_come() -> None:
+    better = 0
+    for seed in range(60):
+        rng = random.Random(seed)
+        graph = random_graph(rng) if seed % 2 else layered_graph(rng, operators=14)
+        for schedule, replacement in BASELINES:
+            known, come = (
+                baseline(graph, Accelerator("M_R"), schedule=schedule, replacement=replacement, placement=placement)
+                for placement in ("arena", "online")
+            )
+            assert known.non_compulsory_bytes <= come.non_compulsory_bytes
+            better += known.non_compulsory_bytes < come.non_compulsory_bytes
+    assert better > 10
+
+
+def test_the_cheapest_window_is_that_of_all_addresses() -> None:
+    for seed in range(300):
+        rng = random.Random(seed)
+        pad = _Scratchpad(24, rng.choice([1, 1, 2, 4]))
+        address = 0
+        for key in range(8):
+            address += rng.randint(0, 2) * pad.alignment
+            size = rng.randint(0, 5)
+            if address + size <= 24:
+                pad.put(key, address, size)
+            address = -(-(address + size) // pad.alignment) * pad.alignment
+        removable = {key for key in pad.taken if rng.random() < 0.7}
+        size = rng.randint(1, 12)
+        loads = []
+        for low in range(0, 24 - size + 1, pad.alignment):
+            inside = {k for k, (start, end) in pad.taken.items() if start < end and start < low + size and end > low}
+            if inside <= removable:
+                loads.append(sum(pad.taken[k][1] - pad.taken[k][0] for k in inside))
+        found = pad.cheapest_window(size, removable)
+        assert (found is None) == (not loads)
+        if found is not None:
+            assert sum(pad.taken[k][1] - pad.taken[k][0] for k in found) == min(loads)
 
 
 def test_wrong_words_are_named() -> None:

@@ -18,8 +18,11 @@ def claims(
     folder: Annotated[Path, typer.Option("--benchmarks", help="The folder of claim files.")] = Path("benchmarks"),
     json: Json = False,
 ) -> None:
-    """Measure the papers' claims here; write benchmarks/results/ and CLAIMS.md beside the folder."""
-    from retensor.claims import run_claims, write_table
+    """Measure the papers' claims here; write benchmarks/results/ and CLAIMS.md beside the folder.
+
+    For a checkout: the claim files of benchmarks/ are no part of the installed package.
+    """
+    from retensor.claims import run_claims, write_readme, write_table
 
     def progress(text: str) -> None:
         if sys.stderr.isatty():
@@ -28,6 +31,7 @@ def claims(
     reports = run_claims(folder, slugs or [], progress)
     target = folder.resolve().parent / "CLAIMS.md"
     write_table(folder, target)
+    write_readme(folder, target.with_name("README.md"))
     if json:
         print_json({"claims": {r.slug: [dataclasses.asdict(claim) for claim in r.claims] for r in reports}})
         return

@@ -48,7 +48,7 @@ def pack(
 ) -> Packing:
     """Addresses below ``scratchpad`` bytes, multiples of ``alignment``; ``fixed`` ones are kept."""
     fixed = dict(fixed or {})
-    found = _first_fit(blocks, scratchpad, alignment, fixed, seed)
+    found = _first_fit(blocks, scratchpad, alignment, fixed, clock, seed)
     if found is not None:
         return Packing(found)
     if not exact or clock.left <= 0:
@@ -56,7 +56,7 @@ def pack(
     return _no_overlap(blocks, scratchpad, alignment, fixed, clock, seed, workers)
 
 
-def _neighbours(blocks: Sequence[Block]) -> list[list[int]]:
+def neighbours(blocks: Sequence[Block]) -> list[list[int]]:
     """Blocks that share a step, by a sweep over starts."""
     table: list[list[int]] = [[] for _ in blocks]
     alive: list[int] = []
@@ -70,9 +70,9 @@ def _neighbours(blocks: Sequence[Block]) -> list[list[int]]:
 
 
 def _first_fit(
-    blocks: Sequence[Block], scratchpad: int, alignment: int, fixed: Mapping[int, int], seed: int
+    blocks: Sequence[Block], scratchpad: int, alignment: int, fixed: Mapping[int, int], clock: Clock, seed: int
 ) -> tuple[int, ...] | None:
-    neighbours = _neighbours(blocks)
+    near = neighbours(blocks)
     free = [i for i in range(len(blocks)) if i not in fixed]
     orders = [
         sorted(free, key=lambda i: (-blocks[i].size, blocks[i].start)),
@@ -83,25 +83,25 @@ def _first_fit(
     chance = random.Random(seed)
     for order in orders:
         failures: dict[int, int] = {}
-        for attempt in range(60):
-            places, failed = _place(blocks, order, neighbours, scratchpad, alignment, fixed)
+        for _ in range(60):
+            places, failed = _place(blocks, order, near, scratchpad, alignment, fixed)
             if failed is None:
                 return tuple(places[i] for i in range(len(blocks)))
             # A block that found no place goes before all it met; after repeats, somewhere before.
             failures[failed] = failures.get(failed, 0) + 1
             at = order.index(failed)
-            earliest = min((order.index(j) for j in neighbours[failed] if j not in fixed), default=0)
+            earliest = min((order.index(j) for j in near[failed] if j not in fixed), default=0)
             target = min(earliest, at) if failures[failed] < 4 else chance.randrange(at + 1)
             order.insert(target, order.pop(at))
-            if attempt > 8 and len(blocks) > 2000:
-                break
+            if clock.left <= 0:
+                return None
     return None
 
 
 def _place(
     blocks: Sequence[Block],
     order: Sequence[int],
-    neighbours: Sequence[Sequence[int]],
+    near: Sequence[Sequence[int]],
     scratchpad: int,
     alignment: int,
     fixed: Mapping[int, int],
@@ -111,7 +111,7 @@ def _place(
     for i in order:
         size = blocks[i].size
         address = 0
-        taken = sorted((places[j], places[j] + blocks[j].size) for j in neighbours[i] if j in places)
+        taken = sorted((places[j], places[j] + blocks[j].size) for j in near[i] if j in places)
         for low, high in taken:
             if address + size <= low:
                 break

@@ -10,7 +10,8 @@ Addresses are TensorFlow Lite's linear arena: larger tensors first, each into th
 alive at the same time. It can be read in two ways, and ``placement`` names which:
 
 - ``arena``: the policy works on byte counts, and then all its residencies are placed at once, lifetimes
-  known, as TensorFlow Lite does before it runs a model. Where that leaves one without a gap, ``online``.
+  known, as TensorFlow Lite does before it runs a model. Where that leaves one without a gap, the policy evicts
+  once more among what lies there at the time, and all is placed again. Where ``online`` evicts less, it counts.
 - ``online``: tensors are placed when their step comes. Where no gap is left although there are bytes
   enough, the policy evicts further until one opens (``greedy``: the least bytes whose leaving opens one, by
   looking at all windows of addresses). Where only the step's own tensors are left and still no gap is,
@@ -25,18 +26,24 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from retensor.errors import PlanError
 from retensor.graph.structure import Graph
+from retensor.planning.allocate import Block, neighbours
+from retensor.planning.checks import check_accelerator, check_graph
 from retensor.planning.plan import Accelerator, Plan
 from retensor.planning.problem import Problem, build_problem, check_feasible
 from retensor.planning.progress import Clock
-from retensor.planning.residency import Stay, steps_of
+from retensor.planning.residency import Stay, steps_of, traffic
 
 Schedule = Literal["default", "mpmf"]
 Replacement = Literal["belady", "greedy"]
 Placement = Literal["arena", "online"]
+
+SUMS = 100_000
+"""Sums of bytes that the greedy choice looks at: all there are, but in networks with very many tensors alive."""
 
 BASELINES: tuple[tuple[Schedule, Replacement], ...] = (
     ("default", "belady"),
@@ -81,6 +88,8 @@ def baseline(
     from retensor.planning.bounds import bounds, resolve_scratchpad
     from retensor.planning.exact import finish
 
+    check_graph(graph)
+    check_accelerator(accelerator)
     if schedule not in ("default", "mpmf"):
         raise ValueError(f"schedule is 'default' or 'mpmf', not '{schedule}'")
     if replacement not in ("belady", "greedy"):
@@ -157,7 +166,9 @@ class _Scratchpad:
         """Start of the smallest gap that holds ``size`` bytes."""
         best: tuple[int, int] | None = None
         low = 0
-        for start, end in [*sorted(self.taken.values()), (self.size, self.size)]:
+        # An empty tensor overlaps nothing.
+        taken = sorted((start, end) for start, end in self.taken.values() if start < end)
+        for start, end in [*taken, (self.size, self.size)]:
             address = -(-low // self.alignment) * self.alignment
             if address + size <= start and (best is None or start - address < best[0]):
                 best = (start - address, address)
@@ -166,19 +177,25 @@ class _Scratchpad:
 
     def cheapest_window(self, size: int, removable: set[int]) -> set[int] | None:
         """The removable keys with the least bytes whose leaving opens a gap of ``size`` bytes."""
-        best: tuple[int, int, set[int]] | None = None
-        # A best window starts at the bottom or where some range ends.
-        for low in sorted({0, *(end for _, end in self.taken.values())}):
+        rows = sorted((start, end, key) for key, (start, end) in self.taken.items() if end > start)
+        best: tuple[int, int, int] | None = None
+        first = last = load = pinned = 0
+        # A best window starts at the bottom or where some range ends; both of its ends only move up.
+        for low in [0, *(end for _, end, _ in rows)]:
             address = -(-low // self.alignment) * self.alignment
             if address + size > self.size:
                 break
-            covered = {k for k, (start, end) in self.taken.items() if start < address + size and end > address}
-            if not covered <= removable:
-                continue
-            load = sum(self.taken[k][1] - self.taken[k][0] for k in covered)
-            if best is None or load < best[0]:
-                best = (load, address, covered)
-        return None if best is None else best[2]
+            while last < len(rows) and rows[last][0] < address + size:
+                load += rows[last][1] - rows[last][0]
+                pinned += rows[last][2] not in removable
+                last += 1
+            while first < last and rows[first][1] <= address:
+                load -= rows[first][1] - rows[first][0]
+                pinned -= rows[first][2] not in removable
+                first += 1
+            if not pinned and (best is None or load < best[0]):
+                best = (load, first, last)
+        return None if best is None else {key for _, _, key in rows[best[1] : best[2]]}
 
 
 def simulate(
@@ -189,15 +206,15 @@ def simulate(
     placement: Placement = "arena",
 ) -> Held:
     """Run ``order`` (operators of ``problem``) under a replacement policy."""
-    if placement == "arena":
-        stays = _by_bytes(problem, order, -(-scratchpad // problem.alignment), replacement)
-        held = _arena(problem, order, stays, scratchpad)
-        if held is not None:
-            return held
-    return _step_by_step(problem, order, scratchpad, replacement)
+    online = _step_by_step(problem, order, scratchpad, replacement)
+    if placement == "online":
+        return online
+    held = _arena(problem, order, scratchpad, replacement)
+    # Where the arena ends up evicting more, its user would rather place tensors as they come.
+    return held if held and traffic(problem, held.stays) <= traffic(problem, online.stays) else online
 
 
-def _by_bytes(problem: Problem, order: tuple[int, ...], capacity: int, replacement: Replacement) -> list[Stay]:
+def evict_by_bytes(problem: Problem, order: tuple[int, ...], capacity: int, replacement: Replacement) -> list[Stay]:
     """The policy's residencies where only the sum of bytes at each step counts."""
     step_of = steps_of(order)
     uses = [sorted(step_of[user] for user in item.users) for item in problem.items]
@@ -225,7 +242,7 @@ def _by_bytes(problem: Problem, order: tuple[int, ...], capacity: int, replaceme
 
 
 def _least_set(rooms: dict[int, int], excess: int) -> list[int]:
-    """The items with the least room in all, at least ``excess``."""
+    """The items with the least room in all, at least ``excess`` (of up to ``SUMS`` sums looked at)."""
     if excess <= 0:
         return []
     # Sums that stay below the excess, with the items that make them; the best that reaches it.
@@ -236,36 +253,58 @@ def _least_set(rooms: dict[int, int], excess: int) -> list[int]:
             if total + room >= excess:
                 if total + room < best:
                     best, best_items = total + room, (*items, item)
-            else:
+            elif len(below) < SUMS:
                 below.setdefault(total + room, (*items, item))
     return sorted(best_items)
 
 
-def _arena(problem: Problem, order: tuple[int, ...], stays: list[Stay], scratchpad: int) -> Held | None:
-    """All residencies placed at once, larger first into the smallest gap; None where one finds none."""
+def _arena(problem: Problem, order: tuple[int, ...], scratchpad: int, replacement: Replacement) -> Held | None:
+    """All residencies placed at once, larger first into the smallest gap, with further evictions until all fit.
+
+    A residency without a gap makes the policy evict once more among what lies there at the same time: ``belady`` what
+    is used furthest in the future, ``greedy`` what takes least. None where nothing more can leave.
+    """
     step = steps_of(order)
-    rows = [(problem.items[s.item].size, s.start, s.end) for s in stays]
-    for operator in range(problem.n):
-        rows += [(size, step[operator], step[operator] + 1) for _, size in problem.transients[operator]]
-    alive: list[list[int]] = [[] for _ in order]
-    for i, (_, start, end) in enumerate(rows):
-        for s in range(start, end):
-            alive[s].append(i)
-    places: dict[int, int] = {}
-    for i in sorted(range(len(rows)), key=lambda k: (-rows[k][0], rows[k][1], k)):
-        size, start, end = rows[i]
-        pad = _Scratchpad(scratchpad, problem.alignment)
-        for s in range(start, end):
-            for other in alive[s]:
+    stays = evict_by_bytes(problem, order, -(-scratchpad // problem.alignment), replacement)
+    uses = [sorted(step[user] for user in item.users) for item in problem.items]
+    fixed = [
+        Block(step[operator], step[operator] + 1, size)
+        for operator in range(problem.n)
+        for _, size in problem.transients[operator]
+    ]
+    while True:
+        blocks = [Block(s.start, s.end, problem.items[s.item].size) for s in stays] + fixed
+        near = neighbours(blocks)
+        places: dict[int, int] = {}
+        stuck: int | None = None
+        for i in sorted(range(len(blocks)), key=lambda k: (-blocks[k].size, blocks[k].start, k)):
+            pad = _Scratchpad(scratchpad, problem.alignment)
+            for other in near[i]:
                 if other in places:
-                    pad.put(other, places[other], rows[other][0])
-        address = pad.best_fit(size)
-        if address is None:
+                    pad.put(other, places[other], blocks[other].size)
+            address = pad.best_fit(blocks[i].size)
+            if address is None:
+                stuck = i
+                break
+            places[i] = address
+        if stuck is None:
+            rest = iter(range(len(stays), len(blocks)))
+            transient = tuple(tuple(places[next(rest)] for _ in row) for row in problem.transients)
+            return Held(tuple(stays), tuple(places[i] for i in range(len(stays))), transient)
+        options: list[tuple[int, int, int, int]] = []
+        for i in (stuck, *near[stuck]):
+            if i >= len(stays):
+                continue
+            stay, item = stays[i], problem.items[stays[i].item]
+            for here, there in pairwise(uses[stay.item]):
+                inside = stay.start <= here and there < stay.end and there - here > 1 and item.room
+                if inside and here + 1 < blocks[stuck].end and blocks[stuck].start < there:
+                    options.append((-there if replacement == "belady" else item.size, i, here, there))
+        if not options:
             return None
-        places[i] = address
-    rest = iter(range(len(stays), len(rows)))
-    transient = tuple(tuple(places[next(rest)] for _ in row) for row in problem.transients)
-    return Held(tuple(stays), tuple(places[i] for i in range(len(stays))), transient)
+        _, i, here, there = min(options)
+        stay = stays[i]
+        stays[i : i + 1] = [Stay(stay.item, stay.start, here + 1), Stay(stay.item, there, stay.end)]
 
 
 def follow(problem: Problem, order: tuple[int, ...], stays: Sequence[Stay], scratchpad: int) -> Held:

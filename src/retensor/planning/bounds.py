@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from retensor.graph.structure import Graph
+from retensor.planning.checks import check_alignment, check_graph, check_search
 from retensor.planning.peak import Peak, least_peak
 from retensor.planning.plan import Accelerator
 from retensor.planning.problem import build_problem, minimum_required, split
-from retensor.planning.progress import Clock, Progress, ProgressCallback
+from retensor.planning.progress import Clock, Progress, ProgressCallback, stop_on_interrupt
 from retensor.units import parse_size
 
 
@@ -75,7 +76,17 @@ def bounds(
     >>> found.m_r, found.m_p
     (6, 6)
     """
+    check_graph(graph)
+    check_alignment(alignment)
+    check_search(time_limit, seed)
     clock = Clock(time_limit)
+    with stop_on_interrupt(clock):
+        return _bounds(graph, parameters, alignment, clock, seed, progress)
+
+
+def _bounds(
+    graph: Graph, parameters: bool, alignment: int, clock: Clock, seed: int, progress: ProgressCallback | None
+) -> Bounds:
     m_r, operator = minimum_required(graph, parameters, alignment)
     parts = split(build_problem(graph, parameters, alignment))
     order: list[int] = []

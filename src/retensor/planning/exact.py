@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from retensor.graph.structure import Graph
 from retensor.planning.baselines import sequence_of
 from retensor.planning.bounds import resolve_scratchpad
+from retensor.planning.checks import check_accelerator, check_graph, check_search
 from retensor.planning.plan import Accelerator, Plan, Residency, transfers_of
 from retensor.planning.problem import Problem, build_problem, check_feasible
-from retensor.planning.progress import Clock, ProgressCallback
+from retensor.planning.progress import Clock, ProgressCallback, stop_on_interrupt
 from retensor.planning.residency import Stay, steps_of
 from retensor.planning.search import Search
 
@@ -70,10 +71,11 @@ def plan(
     >>> plan(graph, Accelerator(scratchpad=9)).status
     'optimal'
     """
-    if not isinstance(accelerator, Accelerator):
-        raise TypeError(f"accelerator is an Accelerator, as in Accelerator(scratchpad='2MiB'), not {accelerator!r}")
-    if isinstance(time_limit, bool) or not time_limit > 0:
-        raise ValueError(f"time_limit is a positive number of seconds, not {time_limit}")
+    check_graph(graph)
+    check_accelerator(accelerator)
+    check_search(time_limit, seed, workers)
+    if isinstance(order, str) and order != "default":
+        raise ValueError(f"order is None, 'default' or a sequence of operator names, not '{order}'")
     clock = Clock(time_limit)
     scratchpad = resolve_scratchpad(graph, accelerator, parameters, time_limit=time_limit, seed=seed)
     check_feasible(graph, scratchpad, parameters, accelerator.alignment)
@@ -83,7 +85,8 @@ def plan(
         names = [operator.name for operator in graph.operators] if order == "default" else list(order)
         fixed = sequence_of(graph, names)
     search = Search(problem, scratchpad, fixed, clock, seed, workers, progress)
-    result = search.run()
+    with stop_on_interrupt(clock):
+        result = search.run()
     return finish(
         graph, accelerator, scratchpad, parameters, problem, result.order, result.stays, result.addresses,
         result.transient_addresses, bound=search.bound, solver="COSMA (CP-SAT)", seconds=clock.seconds,

@@ -95,9 +95,12 @@ class _Frontier:
             for states in layer.values():
                 for state in states:
                     self._expand(state, following)
-                if self.clock.left <= 0:
-                    # What is not expanded is dropped; nothing costs less than nothing.
-                    return self._finish(None, 0)
+                    if self.clock.left <= 0:
+                        # What is not expanded is dropped; nothing costs less than nothing.
+                        return self._finish(None, 0)
+                if len(following) > 20 * self.width:
+                    # A wide graph makes many sets of each; they need not all be held at once.
+                    following = self._narrow(following)
             layer = self._narrow(following)
             if not layer:
                 break

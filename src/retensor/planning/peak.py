@@ -20,6 +20,9 @@ from retensor.planning.progress import Clock
 from retensor.planning.solver import minimise
 
 STATE_LIMIT = 60_000
+"""Sets looked at before CP-SAT takes over; the queue may hold ten times as many."""
+MODEL_LIMIT = 400
+"""Operators beyond which CP-SAT's model is not worth building."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,7 @@ def least_peak(problem: Problem, clock: Clock, *, seed: int = 0, workers: int | 
     if isinstance(found, Peak):
         return found
     greedy = _greedy(problem)
-    if greedy.peak <= found or clock.left <= 0:
+    if greedy.peak <= found or clock.left <= 0 or problem.n > MODEL_LIMIT:
         return Peak(greedy.order, greedy.peak, min(found, greedy.peak))
     return _cumulative(problem, greedy, found, clock, seed, workers)
 
@@ -62,11 +65,12 @@ class _State:
 
     def __init__(self, problem: Problem) -> None:
         self.own = [problem.own(operator) for operator in range(problem.n)]
+        masks = [sum(1 << user for user in item.users) for item in problem.items]
         self.items = [
             [
                 (
                     problem.items[i].room,
-                    sum(1 << user for user in problem.items[i].users),
+                    masks[i],
                     problem.items[i].producer == operator or problem.items[i].producer < 0,
                 )
                 for i in problem.touched[operator]
@@ -110,7 +114,7 @@ def _explore(problem: Problem, clock: Clock) -> Peak | int:
         settled.add(done)
         if done == full:
             return Peak(_walk_back(origin, full), peak, peak)
-        if len(settled) > STATE_LIMIT or (len(settled) % 1024 == 0 and clock.left <= 0):
+        if len(settled) > STATE_LIMIT or len(queue) > 10 * STATE_LIMIT or clock.left <= 0:
             return peak
         free = _ready_free(state, done, live, ready, peak)
         candidates = [free] if free is not None else bits(ready)
@@ -154,7 +158,7 @@ def _greedy(problem: Problem) -> Peak:
     done, live = 0, 0
     order: list[int] = []
     while ready:
-        operator = min(ready, key=lambda o: (state.after(done, live, o)[1], state.after(done, live, o)[0], o))
+        operator = min(ready, key=lambda o: (*reversed(state.after(done, live, o)), o))
         ready.remove(operator)
         live = state.after(done, live, operator)[1]
         done |= 1 << operator

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from types import FrameType
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,3 +74,30 @@ class Clock:
     def left(self) -> float:
         """Seconds left; 0 after a stop."""
         return 0.0 if self.stopped else max(0.0, self._limit - self.seconds)
+
+
+@contextmanager
+def stop_on_interrupt(clock: Clock) -> Iterator[None]:
+    """Let the first Ctrl-C stop ``clock``, so that work ends where it can; the second does what it always did.
+
+    A handler of the caller's own hears both. Handlers can be set in the main thread only; elsewhere, and where
+    Ctrl-C is ignored, nothing changes.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if clock.stopped:
+            before(number, frame)
+        clock.stop()
+        if before is not signal.default_int_handler:
+            with suppress(KeyboardInterrupt):
+                before(number, frame)
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

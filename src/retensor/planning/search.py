@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, product
 
 from retensor.planning.allocate import Block, Packing, pack
-from retensor.planning.baselines import Placement, Replacement, follow, simulate
+from retensor.planning.baselines import Placement, Replacement, evict_by_bytes, follow, simulate
 from retensor.planning.chains import glue
 from retensor.planning.frontier import search_frontier
 from retensor.planning.peak import least_peak
@@ -94,13 +94,9 @@ class Search:
         return sum(s.answer.bound for s in self.solved)
 
     def run(self) -> Layout:
-        """The best plan found; Ctrl-C ends the search, not the call."""
-        try:
-            self._solve_parts()
-            layout = self._with_addresses()
-        except KeyboardInterrupt:
-            self.clock.stop()
-            layout = self._fallback()
+        """The best plan found before the clock ran out or was stopped."""
+        self._solve_parts()
+        layout = self._with_addresses()
         if traffic(self.problem, layout.stays) > self.bound:
             layout = min(layout, self._fallback(), key=lambda found: traffic(self.problem, found.stays))
         return layout
@@ -139,11 +135,10 @@ class Search:
         return [make_part(self.problem, range(self.problem.n), None)]
 
     def _without_search(self, problem: Problem) -> Answer:
-        """The order at hand, with everything out that is not in use."""
+        """The order at hand with Belady's evictions."""
         order = self.fixed or tuple(range(problem.n))
-        step = steps_of(order)
-        evicted = {(i, step[user]) for i, item in enumerate(problem.items) for user in item.users}
-        return answer_from_evictions(problem, order, evicted, 0)
+        stays = tuple(evict_by_bytes(problem, order, self.capacity, "belady"))
+        return Answer(order, stays, traffic(problem, stays), 0)
 
     def _first(self, problem: Problem, clock: Clock) -> Answer:
         if self.fixed is not None:
@@ -309,8 +304,10 @@ class Search:
             runs.append((order, follow(problem, order, stays, self.scratchpad)))
             orders.append(order)
         policies: tuple[Replacement, ...] = ("belady", "greedy")
-        placements: tuple[Placement, ...] = ("arena", "online")
-        for order, policy, placement in product(dict.fromkeys(orders), policies, placements):
+        placements: tuple[Placement, ...] = ("online", "arena")
+        for order, placement, policy in product(dict.fromkeys(orders), placements, policies):
+            if runs and self.clock.left <= 0:
+                break
             runs.append((order, simulate(problem, order, self.scratchpad, policy, placement)))
         order, held = min(runs, key=lambda run: traffic(problem, run[1].stays))
         return Layout(order, held.stays, held.addresses, held.transient_addresses)

@@ -73,18 +73,17 @@ def minimise(
         finally:
             finished.set()
 
-    # The search runs beside the main thread, which alone receives KeyboardInterrupt.
+    # The search runs beside the main thread, which alone learns of Ctrl-C. (Not thread.join to wait: where Ctrl-C
+    # interrupts it, CPython takes the running thread for ended, bpo-45274.)
     thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    # Not thread.join: where Ctrl-C interrupts it, CPython takes the running thread for ended (bpo-45274).
-    while not finished.is_set():
-        try:
-            if not finished.wait(0.2) and clock.stopped:
-                solver.stop_search()
-        except KeyboardInterrupt:
+    try:
+        thread.start()
+        while not finished.wait(0.1):
             if clock.stopped:
-                raise
-            clock.stop()
+                solver.stop_search()
+    finally:
+        # Left by an exception: a solver still running would outlive the interpreter.
+        while thread.is_alive() and not finished.wait(0.05):
             solver.stop_search()
     solved = status[0] in (cp_model.OPTIMAL, cp_model.FEASIBLE)
     proved = status[0] in (cp_model.OPTIMAL, cp_model.INFEASIBLE)
