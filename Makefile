@@ -4,6 +4,7 @@
 #   make plan     plan a real network with the base install (no torch): table, plan.json, report.html
 #   make test     lint, types, and every test, in an environment with torch
 #   make claims   the paper's claims, measured here; writes benchmarks/results/ and CLAIMS.md
+#   make pictures the pictures of the README, drawn anew from the commands beneath them
 #   make lint     ruff and mypy alone
 #   make format   let ruff rewrite what it can
 #   make clean    remove what these targets made
@@ -93,6 +94,10 @@ test: $(VENV)/.installed $(BASE)/.installed lint
 .PHONY: claims
 claims: $(VENV)/.installed
 	$(VENV)/bin/retensor claims
+
+.PHONY: pictures
+pictures: $(VENV)/.installed
+	$(VENV)/bin/python docs/make_pictures.py
 
 # An environment that something else made is not ours to remove.
 .PHONY: clean

@@ -1,14 +1,15 @@
 """Plan an ONNX model for a chip and keep the plan: ``python plan_an_onnx_file.py [model.onnx] [scratchpad]``.
 
-Without arguments: SqueezeNet, as the onnx package ships it, in the least scratchpad that can run it.
+Without arguments: DenseNet-121, as the onnx package ships it, in a scratchpad halfway between the least that can run
+it and the least that needs no traffic.
 """
 
 import sys
 
 import retensor as rt
 
-model = sys.argv[1] if len(sys.argv) > 1 else "onnx:squeezenet"
-scratchpad = sys.argv[2] if len(sys.argv) > 2 else "M_R"
+model = sys.argv[1] if len(sys.argv) > 1 else "onnx:densenet121"
+scratchpad = sys.argv[2] if len(sys.argv) > 2 else "M_H"
 
 graph = rt.graph.load(model)
 plan = rt.plan(graph, rt.Accelerator(scratchpad=scratchpad))

@@ -10,7 +10,7 @@ import pytest
 SCRIPTS = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 PROMISES = {
     "plan_an_onnx_file.py": ("wrote plan.json and report.html", ("plan.json", "report.html")),
-    "plan_a_torchvision_model.py": ("at M_R:", ()),
+    "plan_a_torchvision_model.py": ("at M_H:", ()),
     "plan_any_graph.py": ("bytes spilled and retrieved, optimal", ("graph.json",)),
     "compare_budgets.py": ("mpmf, greedy:", ()),
     "run_and_check.py": ("outputs equal in every bit", ()),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Mapping
 from fractions import Fraction
+from typing import SupportsIndex
+
+from retensor.files import brief
 
 _UNITS = {
     "": 1,
@@ -17,6 +21,7 @@ _UNITS = {
     "MIB": 2**20,
     "GIB": 2**30,
     "TIB": 2**40,
+    "PIB": 2**50,
 }
 _SIZE = re.compile(r"\s*(\d[\d_]{0,30}(?:\.\d{1,12})?)\s*([A-Za-z]{0,3})\s*")
 _RELATIVE = re.compile(r"\s*(?:(\d{1,9}(?:\.\d{1,12})?)\s*\*\s*)?(M_[RPH])p?\s*")
@@ -25,14 +30,15 @@ LARGEST_SIZE = 2**50
 """Budgets above this (one pebibyte) are refused as slips of the keyboard."""
 
 
-def parse_size(text: str | int, symbols: Mapping[str, int] | None = None) -> int:
+def parse_size(text: str | SupportsIndex, symbols: Mapping[str, int] | None = None) -> int:
     """Bytes that ``text`` stands for.
 
     Parameters
     ----------
     text : str or int
         A count of bytes, a size with a unit (``"2MiB"``, ``"512KB"``, ``"1.5 GB"``), or a multiple of
-        one of ``symbols`` (``"M_R"``, ``"1.2*M_R"``). Fractions of a byte are rounded down.
+        one of ``symbols`` (``"M_R"``, ``"1.2*M_R"``). Fractions of a byte are rounded
+        down; a multiple of a bound is at least one byte.
     symbols : mapping of str to int, optional
         Bytes of ``M_R``, ``M_P`` and ``M_H``.
 
@@ -48,26 +54,60 @@ def parse_size(text: str | int, symbols: Mapping[str, int] | None = None) -> int
     >>> parse_size("1.5*M_R", {"M_R": 100})
     150
     """
-    if isinstance(text, bool) or not isinstance(text, (int, str)):
-        raise TypeError(f"a size is an int or a str such as '2MiB', not {type(text).__name__}")
-    if isinstance(text, int):
-        size = text
+    if not isinstance(text, str):
+        size = whole(text, "a size", "an int or a str such as '2MiB'")
     elif match := _SIZE.fullmatch(text):
         unit = match[2].upper()
         if unit not in _UNITS:
-            raise ValueError(f"unknown unit in size '{text}'; use B, KB, MB, GB, KiB, MiB or GiB")
+            raise ValueError(f"unknown unit in size '{text}'; use B, KB, MB, GB, TB, KiB, MiB, GiB, TiB or PiB")
         size = int(Fraction(match[1].replace("_", "")) * _UNITS[unit])
     elif match := _RELATIVE.fullmatch(text):
         if symbols is None or match[2] not in symbols:
             raise ValueError(f"size '{text}' is relative to a graph; give a graph or a size in bytes")
-        size = int(Fraction(match[1] or "1") * symbols[match[2]])
+        factor, bound = Fraction(match[1] or "1"), symbols[match[2]]
+        # Empty tensors need nothing, and the smallest scratchpad there is has one byte.
+        size = max(1, int(factor * bound)) if factor else 0
+        if size > LARGEST_SIZE:
+            raise ValueError(
+                f"a scratchpad of {text.strip()} makes no sense: {match[2]} is {bound:,} bytes, and a scratchpad has "
+                "1 byte to 1 PiB"
+            )
     else:
         raise ValueError(
-            f"'{text[:60]}' is not a size; write bytes or a unit (2MiB, 512KB) or a multiple of a bound (M_R, 1.2*M_R)"
+            f"'{brief(text, 60)}' is not a size; write bytes or a unit (2MiB, 512KB) or a multiple of a bound "
+            "(M_R, 1.2*M_R)"
         )
     if not 1 <= size <= LARGEST_SIZE:
-        raise ValueError(f"a scratchpad of {size:,} bytes makes no sense; give between 1 byte and 1 PiB")
+        shown = f"{size:,}" if abs(size) < 10**40 else "that many"
+        raise ValueError(f"a scratchpad of {shown} bytes makes no sense; give between 1 byte and 1 PiB")
     return size
+
+
+def whole(number: object, what: str, allowed: str = "an int") -> int:
+    """``number`` as an int, where it is a whole number of any kind (NumPy's too) and no truth value.
+
+    Parameters
+    ----------
+    number : object
+    what, allowed : str
+        What it is and what it may be, for the sentence.
+
+    Raises
+    ------
+    TypeError
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> whole(np.int64(3), "alignment")
+    3
+    """
+    try:
+        if not isinstance(number, bool):
+            return operator.index(number)  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    raise TypeError(f"{what} is {allowed}, not {type(number).__name__}")
 
 
 def format_bytes(count: int | float) -> str:

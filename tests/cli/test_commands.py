@@ -126,6 +126,126 @@ def test_plan_of_the_default_order_says_so(cli, graph_file):
     assert (found["order"], found["status"], found["non_compulsory_bytes"]) == ("given", "optimal", 64)
 
 
+def test_every_object_and_table_says_for_which_order_a_bound_holds(cli, graph_file, tmp_path):
+    given, free = tmp_path / "given.json", tmp_path / "free.json"
+    plan = ("plan", graph_file, "--scratchpad", "M_R", "--json")
+    for found in (
+        object_of(cli(*plan, "-o", free)),
+        object_of(cli("verify", free, graph_file, "--json")),
+        object_of(cli("compare", graph_file, "--json")),
+    ):
+        assert (found["fixed_order"], found["bound_holds_for"]) == (False, "any order")
+    for found in (
+        object_of(cli(*plan, "--order", "default", "-o", given)),
+        object_of(cli("verify", given, graph_file, "--json")),
+    ):
+        assert (found["fixed_order"], found["bound_holds_for"]) == (True, "given order")
+    assert "for the given order" not in cli("verify", free, graph_file).out
+    assert "optimal for the given order; a replay" in cli("verify", given, graph_file).out
+
+
+def test_a_plan_short_of_its_bound_says_for_which_order(capsys):
+    from dataclasses import replace
+
+    from retensor import Accelerator, planning
+    from retensor.cli.plan import print_plan
+    from retensor.graph import Graph, Operator, Tensor
+
+    tensors = [Tensor("x", 4, "input"), Tensor("a", 4), Tensor("b", 6), Tensor("c", 4), Tensor("y", 4)]
+    operators = [
+        Operator("f", "F", ("x",), ("a",)),
+        Operator("g", "G", ("a",), ("b",)),
+        Operator("h", "H", ("b",), ("c",)),
+        Operator("k", "K", ("a", "c"), ("y",)),
+    ]
+    found = planning.plan(Graph("skip", operators, tensors, ["y"]), Accelerator("M_R"), order="default")
+    assert found.non_compulsory_bytes == 8
+    print_plan(replace(found, bound_bytes=4), stopped=True)
+    shown = capsys.readouterr().out
+    assert "best found for the given order before Ctrl-C; gap 50 %" in shown
+    assert "proved bound for the given order" in shown
+    assert "1 spill, 1 retrieve\n" in "\n".join(line.rstrip() for line in shown.splitlines()) + "\n"
+    print_plan(replace(found, bound_bytes=4, fixed_order=False))
+    assert "given order" not in capsys.readouterr().out
+
+
+def test_counts_name_activations_and_parameters(cli, graph_file):
+    assert "bottleneck: 4 operators, 1 input, 4 activations, 1 parameter\n" in cli("bounds", graph_file).out
+    found = object_of(cli("bounds", graph_file, "--json"))
+    assert found["tensors_by_role"] == {"input": 1, "activation": 4, "parameter": 1}
+
+
+def test_a_network_whose_bounds_are_equal_has_nothing_to_sweep(cli, tmp_path):
+    from retensor.graph import Graph, Operator, Tensor
+    from retensor.graph.json import write_graph
+
+    path = tmp_path / "one.json"
+    write_graph(
+        Graph("one", [Operator("f", "F", ("x",), ("y",))], [Tensor("x", 1, "input"), Tensor("y", 1)], ["y"]), path
+    )
+    assert "M_R = M_P: one point, nothing to sweep" in cli("sweep", path).out
+
+
+def test_a_size_relative_to_the_bounds_is_worked_out_once(cli, graph_file, tmp_path, monkeypatch):
+    import importlib
+
+    from retensor import planning
+
+    calls = []
+    real = planning.bounds
+
+    def counted(*arguments, **options):
+        calls.append(options)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(planning, "bounds", counted)
+    monkeypatch.setattr(importlib.import_module("retensor.planning.bounds"), "bounds", counted)
+    for command in (
+        ("plan", graph_file, "--scratchpad", "M_H", "--compare"),
+        ("plan", graph_file, "--scratchpad", "M_H", "--report", tmp_path / "r.html"),
+        ("compare", graph_file, "--scratchpad", "0.9*M_P"),
+        ("compare", graph_file, "--scratchpad", "M_R"),
+    ):
+        calls.clear()
+        assert cli(*command).code == 0
+        assert len(calls) == 1, command
+
+
+@pytest.mark.parametrize(
+    ("types", "allowed"),
+    [
+        (("float64", "float64"), 1e-12),
+        (("float32", "float32"), 1e-4),
+        (("float32", "float64"), 1e-4),
+        (("float32", "float16"), 1e-2),
+        (("bfloat16", "float32"), 1e-2),
+        (("float32", "int64"), 0.0),
+    ],
+)
+def test_run_allows_the_noise_of_the_coarsest_type_on_the_way(types, allowed):
+    from retensor.cli.check import _noise
+    from retensor.graph import Graph, Operator, Tensor
+
+    middle, last = types
+    tensors = [Tensor("x", 8, "input", dtype=middle), Tensor("a", 8, dtype=middle), Tensor("y", 8, dtype=last)]
+    operators = [Operator("f", "F", ("x",), ("a",)), Operator("g", "Cast", ("a",), ("y",))]
+    assert _noise(Graph("net", operators, tensors, ["y"])) == allowed
+
+
+def test_python_m_retensor_is_the_command_line():
+    import subprocess
+    import sys
+
+    import retensor
+
+    done = subprocess.run([sys.executable, "-m", "retensor", "--version"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, f"retensor {retensor.__version__}\n")
+    refused = subprocess.run(
+        [sys.executable, "-m", "retensor", "bounds", "no/such.json"], capture_output=True, text=True, timeout=120
+    )
+    assert (refused.returncode, refused.stdout) == (2, "")
+
+
 def test_plan_with_weights_loads_them(cli, graph_file):
     found = object_of(cli("plan", graph_file, "--scratchpad", "M_Rp", "--weights", "--json"))
     assert found["parameters"] is True
@@ -212,7 +332,10 @@ def test_compare_lists_cosma_and_the_baselines_in_both_placements_none_of_them_b
         assert row["reduction"] == pytest.approx(1 - 64 / row["non_compulsory_bytes"])
     table = cli("compare", graph_file)
     assert table.code == 0
-    assert [line.split()[0] for line in table.out.splitlines()[-5:]] == ["COSMA", "model's", "model's", "MPMF", "MPMF"]
+    assert [line.split()[0] for line in table.out.splitlines()[-9:]] == [
+        "COSMA",
+        *["model's", "model's", "MPMF", "MPMF"] * 2,
+    ]
 
 
 def test_compare_with_nothing_to_remove_says_so(cli, graph_file):

@@ -4,6 +4,7 @@ import json
 import os
 import stat
 
+import onnx
 import pytest
 from onnx import TensorProto, helper
 
@@ -93,7 +94,7 @@ def test_bad_arguments_are_one_sentence(cli, graph_file, onnx_file, arguments):
 
 
 def test_a_free_dimension_asks_for_the_input_option(cli, onnx_file):
-    assert_refused(cli("bounds", onnx_file), "--input", "x")
+    assert_refused(cli("bounds", onnx_file), "--input x=1x4x8x8", "inputs={'x': [1, 4, 8, 8]}")
 
 
 def model_of(nodes, inputs, outputs, opset=17):
@@ -240,6 +241,62 @@ def test_a_plan_for_another_graph_is_refused(cli, graph_file, onnx_file, tmp_pat
     other.write_text(text)
     assert_refused(cli("verify", path, other), "another graph")
     assert_refused(cli("run", path, other), "another graph")
+
+
+def test_a_plan_for_another_model_is_refused_before_its_options_make_a_misleading_error(
+    cli, graph_file, onnx_file, tmp_path
+):
+    path = tmp_path / "plan.json"
+    assert cli("plan", onnx_file, *ONNX_INPUT, "--scratchpad", "M_R", "-o", path).code == 0
+    for other in (graph_file, "onnx:squeezenet"):
+        name = "bottleneck" if other == graph_file else "squeezenet"
+        for command in ("verify", "run"):
+            result = cli(command, path, other)
+            assert_refused(result, f"was made for graph 'residual', not '{name}'")
+            assert "input 'x'" not in result.err
+    missing = tmp_path / "gone.onnx"
+    assert_refused(cli("verify", path, missing), "gone.onnx")
+    assert "was made for" not in cli("verify", path, missing).err
+
+
+def test_a_plan_whose_options_the_model_does_not_take_says_for_which_graph_it_was_made(cli, onnx_file, tmp_path):
+    path = tmp_path / "plan.json"
+    assert cli("plan", onnx_file, *ONNX_INPUT, "--scratchpad", "M_R", "-o", path).code == 0
+    other = tmp_path / "other.onnx"
+    model = onnx.load(onnx_file)
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 5
+    onnx.save(model, other)
+    assert_refused(cli("verify", path, other), "made for graph 'residual'", "cannot be loaded as that was")
+
+
+@pytest.mark.parametrize("command", ["verify", "run"])
+@pytest.mark.parametrize(
+    ("typed", "named"),
+    [
+        (("--input", "x=1x4x8x8"), "--input"),
+        (("--dtype", "int8"), "--dtype"),
+        (("--no-fuse",), "--no-fuse"),
+        (("--fuse",), "--fuse"),
+        (("--in-place",), "--in-place"),
+        (("--weights",), "--weights"),
+        (("--alignment", "64"), "--alignment"),
+        (("--scratchpad", "M_R"), "--scratchpad"),
+        (("--order", "default"), "--order"),
+    ],
+)
+def test_options_that_a_plan_records_are_refused_beside_it(cli, onnx_file, command, typed, named):
+    """The plan does not even exist: the option is answered first."""
+    result = cli(command, "plan.json", onnx_file, *typed)
+    assert_refused(result, "the plan records how the model was loaded", f"leave {named} out")
+    assert named not in cli(command, "-h").out
+
+
+@pytest.mark.parametrize(("suffix", "line"), [(".pt2", "torch.export.load("), (".pt", "torch.export.export(")])
+def test_a_torch_file_says_which_lines_load_it(cli, tmp_path, suffix, line):
+    path = tmp_path / f"model{suffix}"
+    assert_refused(cli("bounds", path), suffix, line, "retensor.graph.load(program)")
+    path.write_bytes(b"PK\x03\x04")
+    assert_refused(cli("bounds", path), "can run code", line)
 
 
 def test_a_bare_graph_does_not_run(cli, graph_file, tmp_path):

@@ -229,3 +229,64 @@ def test_sources_that_load_does_not_know_are_refused(tmp_path: Path) -> None:
         rg.load(tmp_path)
     with pytest.raises(RetensorError):
         rg.load("no-such-network-anywhere")
+
+
+@pytest.mark.parametrize("role", [None, "activation"])
+def test_a_tensor_that_nothing_touches_is_refused_by_name(role: str | None) -> None:
+    form: dict[str, Any] = {
+        "schema": "retensor.graph/1",
+        "name": "net",
+        "tensors": [{"name": "x", "bytes": 4}, {"name": "y", "bytes": 4}, {"name": "stray", "bytes": 4}],
+        "operators": [{"name": "f", "inputs": ["x"], "outputs": ["y"]}],
+        "outputs": ["y"],
+    }
+    if role:
+        form["tensors"][2]["role"] = role
+    with pytest.raises(GraphError, match="'stray' is read and made by no operator and is no output"):
+        graph_from_json(form)
+    for kept in ("input", "parameter"):
+        form["tensors"][2]["role"] = kept
+        assert graph_from_json(form).tensors["stray"].role == kept
+    del form["tensors"][2]["role"]
+    form["outputs"].append("stray")
+    assert graph_from_json(form).tensors["stray"].role == "input"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"fuse": "x"},
+        {"in_place": 1},
+        {"dtype": []},
+        {"inputs": 5},
+        {"inputs": {"x": 5}},
+        {"inputs": {"x": [1.5]}},
+        {"other": 10**30},
+        {"other": 1e300},
+        {"other": {1, 2}},
+        {"deep": [[[[[[[[[[]]]]]]]]]]},
+    ],
+    ids=str,
+)
+def test_options_that_no_plan_could_repeat_are_refused(options):
+    form = {
+        "schema": "retensor.graph/1",
+        "name": "b",
+        "tensors": [{"name": "z", "bytes": 1}],
+        "operators": [{"name": "o", "inputs": [], "outputs": ["z"]}],
+        "outputs": ["z"],
+    }
+    good = {"fuse": True, "dtype": None, "inputs": {"x": [1, 3]}, "by": {"tool": ["a", 1, None]}}
+    assert graph_from_json({**form, "options": good}).options == good
+    with pytest.raises(GraphError, match="options"):
+        graph_from_json({**form, "options": options})
+
+
+def test_a_byte_order_mark_and_endless_numbers_have_sentences_of_their_own(tmp_path):
+    path = tmp_path / "g.json"
+    path.write_bytes(b"\xef\xbb\xbf{}")
+    with pytest.raises(GraphError, match="byte order mark"):
+        read_graph(path)
+    path.write_text('{"schema": ' + "9" * 10_000 + "}")
+    with pytest.raises(GraphError, match="too many digits"):
+        read_graph(path)

@@ -433,7 +433,9 @@ def test_other_floats_run(save: Save, element: int) -> None:
 
 def test_open_dimensions_are_listed_with_the_flag_that_fixes_them(save: Save) -> None:
     path = save(text("y = Relu(x)", inputs="float[N, 3, H, 224] x", outputs="float[N, 3, H, 224] y"))
-    with pytest.raises(GraphError, match=r"'x' \(Nx3xHx224\).*--input x=1x3x224x224"):
+    with pytest.raises(
+        GraphError, match=r"'x' \(Nx3xHx224\).*--input x=1x3x224x224 .*inputs=\{'x': \[1, 3, 224, 224\]\}"
+    ):
         load_onnx(path)
     graph = load_onnx(path, inputs={"x": [1, 3, 8, 224]})
     assert graph.tensors["y"].shape == (1, 3, 8, 224)
@@ -498,12 +500,25 @@ def relocate(path: Path, **entries: str) -> None:
 
 
 def test_external_data_is_sized_at_load_and_read_at_run(external: Path) -> None:
-    assert_runs_equal(load_onnx(external))
-    (external.parent / "w.bin").unlink()
     graph = load_onnx(external)
     assert graph.tensors["w"].nbytes == 256
-    with pytest.raises(GraphError, match=r"cannot read 'w\.bin'"):
-        program_of(graph).parameter("w")
+    assert_runs_equal(graph)
+    graph = load_onnx(external)
+    (external.parent / "w.bin").unlink()
+    for late in (lambda: program_of(graph).parameter("w"), lambda: load_onnx(external)):
+        with pytest.raises(GraphError, match=r"there is no file 'w\.bin'"):
+            late()
+
+
+def test_external_data_that_is_no_file_is_refused_at_load(external: Path) -> None:
+    (external.parent / "w.bin").unlink()
+    os.mkfifo(external.parent / "w.bin")
+    with pytest.raises(GraphError, match="not a regular file"):
+        load_onnx(external)
+    (external.parent / "w.bin").unlink()
+    (external.parent / "w.bin").mkdir()
+    with pytest.raises(GraphError, match="not a regular file"):
+        load_onnx(external)
 
 
 @pytest.mark.parametrize("place", ["/etc/hostname", "../secret.bin", "a/../../secret.bin", "..\\s", "C:\\s", ""])
@@ -531,6 +546,7 @@ def test_a_link_that_leads_out_of_the_models_folder_is_refused(external: Path) -
     [
         ({"length": "128"}, "has 128 bytes; its shape and type need 256"),
         ({"offset": "64"}, "ends before the 256 bytes"),
+        ({"offset": str(2**62)}, "ends before the 256 bytes"),
         ({"offset": "many"}, "no number"),
         ({"offset": "-4"}, "negative"),
     ],
@@ -538,7 +554,87 @@ def test_a_link_that_leads_out_of_the_models_folder_is_refused(external: Path) -
 def test_external_data_that_does_not_fit_is_refused(external: Path, entries: dict[str, str], message: str) -> None:
     relocate(external, **entries)
     with pytest.raises(GraphError, match=message):
-        program_of(load_onnx(external)).parameter("w")
+        load_onnx(external)
+
+
+# --- what a plain run says
+
+
+def test_an_output_that_is_an_input_too_is_compared_with_itself(save: Save) -> None:
+    """ONNX Runtime returns the memory it was fed, which was let go of before the comparison."""
+    path = save(text("y = Relu(x)", inputs="float[64, 64] x", outputs="float[64, 64] y, float[64, 64] x"))
+    program = program_of(load_onnx(path))
+    given = program.example_inputs(0)
+    kept = given["x"].copy()
+    plain = program.run_plain(given)
+    assert not np.shares_memory(plain["x"], given["x"])
+    given["x"][:] = 0xFF
+    assert np.array_equal(plain["x"], kept)
+
+
+def test_a_dense_and_a_sparse_initializer_of_one_name_are_refused(save: Save) -> None:
+    model = onnx.parser.parse_model(text("y = Add(x, w)", inputs="float[4] x", outputs="float[4] y"))
+    model.graph.initializer.append(numpy_helper.from_array(np.ones(4, np.float32), "w"))
+    values = numpy_helper.from_array(np.ones(1, np.float32), "w")
+    indices = numpy_helper.from_array(np.array([2], np.int64), "w_indices")
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [4]))
+    with pytest.raises(GraphError, match="a dense and a sparse initializer 'w'"):
+        load_onnx(save(model))
+
+
+RANDOM = {
+    "Dropout in training": "t = Constant<value = bool {1}>() r = Constant<value_float = 0.5>() y = Dropout(x, r, t)",
+    "RandomNormalLike": "r = RandomNormalLike(x) y = Add(x, r)",
+    "RandomUniform": "r = RandomUniform<shape = [2, 3]>() y = Add(x, r)",
+    "Bernoulli": "y = Bernoulli(x)",
+    "RandomNormalLike ": "c = Constant<value = bool {1}>() y = If(c) <then_branch = g () => (float[2, 3] a) "
+    "{ a = RandomNormalLike(x) }, else_branch = h () => (float[2, 3] b) { b = Relu(x) }>",
+}
+
+
+@pytest.mark.parametrize("kind", RANDOM)
+def test_a_random_model_is_planned_but_not_run(save: Save, kind: str) -> None:
+    graph = load_onnx(save(text(RANDOM[kind])))
+    program = program_of(graph)
+    with pytest.raises(GraphError, match=f"planned, not run.*{kind.strip()}.*random"):
+        program.run_operator(graph.operators[0], program.example_inputs(0), True)
+    with pytest.raises(GraphError, match="planned, not run"):
+        program.run_plain(program.example_inputs(0))
+
+
+def test_what_is_random_but_reaches_no_output_or_is_off_does_not_keep_a_model_from_running(save: Save) -> None:
+    body = "d = RandomNormalLike(x) t = Constant<value = bool {0}>() r = Constant<value_float = 0.5>() "
+    assert_runs_equal(load_onnx(save(text(body + "a = Relu(x) b = Dropout(a, r, t) y = Relu(b)"))))
+
+
+def test_functions_that_call_one_another_too_deep_are_not_said_to_call_themselves(save: Save) -> None:
+    depth = 150
+    functions = [
+        helper.make_function(
+            "local",
+            f"f{i}",
+            ["a"],
+            ["b"],
+            [helper.make_node(f"f{i + 1}" if i < depth else "Relu", ["a"], ["b"], domain="local" if i < depth else "")],
+            [helper.make_opsetid("", 17), helper.make_opsetid("local", 1)],
+        )
+        for i in range(depth + 1)
+    ]
+    model = onnx.parser.parse_model(text("y = Relu(x)"))
+    model.graph.node[0].op_type, model.graph.node[0].domain = "f0", "local"
+    model.opset_import.add(domain="local", version=1)
+    model.functions.extend(functions)
+    with pytest.raises(GraphError, match="100 deep and deeper") as caught:
+        load_onnx(save(model))
+    assert "itself" not in str(caught.value)
+
+
+def test_an_input_that_is_a_sequence_is_one_sentence(save: Save) -> None:
+    model = onnx.parser.parse_model(text("y = Relu(x)"))
+    model.graph.node[0].CopyFrom(helper.make_node("ConcatFromSequence", ["x"], ["y"], axis=0))
+    model.graph.input[0].CopyFrom(helper.make_tensor_sequence_value_info("x", 1, [2, 3]))
+    with pytest.raises(GraphError, match="input 'x' is a sequence, not a tensor"):
+        load_onnx(save(model))
 
 
 # --- bad files

@@ -6,16 +6,21 @@ import dataclasses
 import importlib
 import random
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper
 from tests.planning.random_graphs import minimum_scratchpad, random_graph
 from tests.planning.simple_plans import simple_plan
 
 from retensor.errors import GraphError, PlanError
+from retensor.graph import load
 from retensor.graph.structure import Bytes, Graph, Operator, Tensor
+from retensor.planning import plan as rt_plan
 from retensor.planning.execute import difference, execute
-from retensor.planning.plan import Plan, Residency, Transfer
+from retensor.planning.plan import Accelerator, Plan, Residency, Transfer
 from retensor.planning.verify import verify
 
 replace = dataclasses.replace
@@ -291,3 +296,43 @@ def test_a_type_that_cannot_be_decoded_differs_infinitely() -> None:
     assert difference(Tensor("t", 2), one, two)[0] == np.inf
     assert difference(Tensor("t", 2), one, one) == (0.0, 0.0)
     assert difference(Tensor("t", 2, dtype="bfloat16"), np.array([0x80, 0x3F], np.uint8), one)[0] == 1.0
+
+
+def test_output_arrays_are_the_models_own_outputs_by_name_type_and_shape(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Relu", ["x"], ["r"], name="relu"),
+        helper.make_node("Flatten", ["r"], ["y"], name="flat"),
+        helper.make_node("Cast", ["x"], ["h"], name="half", to=TensorProto.FLOAT16),
+    ]
+    outputs = [
+        helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 12]),
+        helper.make_tensor_value_info("h", TensorProto.FLOAT16, [2, 3, 4]),
+    ]
+    model = helper.make_model(
+        helper.make_graph(nodes, "two", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 3, 4])], outputs),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=8,
+    )
+    onnx.save(model, tmp_path / "two.onnx")
+    graph = load(tmp_path / "two.onnx")
+    given = np.linspace(-1, 1, 24, dtype=np.float32).reshape(2, 3, 4)
+    done = execute(graph, rt_plan(graph, Accelerator(scratchpad="M_P")), inputs={"x": given})
+    arrays = done.output_arrays()
+    assert set(arrays) == {"y", "h"}
+    assert np.array_equal(arrays["y"], np.maximum(given, 0).reshape(2, 12))
+    assert (arrays["h"].dtype, arrays["h"].shape) == (np.float16, (2, 3, 4))
+    assert np.array_equal(arrays["h"], given.astype(np.float16))
+    assert all(value.dtype == np.uint8 and value.ndim == 1 for value in done.outputs.values())
+
+
+def test_outputs_of_a_program_that_does_not_know_shapes_come_flat_and_an_execution_prints_short() -> None:
+    rng = random.Random(4)
+    graph = runnable(random_graph(rng))
+    done = execute(graph, simple_plan(graph, minimum_scratchpad(graph, 1, False) + 64, 1, False, rng))
+    arrays = done.output_arrays()
+    assert set(arrays) == set(graph.outputs)
+    for name, array in arrays.items():
+        assert array.dtype == np.float32
+        assert array.tobytes() == done.outputs[name].tobytes()
+    assert len(repr(done)) < 200
+    assert "equal in every bit" in repr(done)

@@ -293,6 +293,15 @@ def test_the_embedded_data_is_the_plan(tmp_path: Path, case: tuple[Graph, Plan, 
     assert (data["bounds"]["r"], data["bounds"]["p"], data["bounds"]["pBound"]) == (90_000, 200_000, 190_000)
 
 
+def test_counts_are_those_of_the_graph_and_torch_kinds_are_short(tmp_path: Path) -> None:
+    kind = "aten.conv2d.default+aten._native_batch_norm_legit_no_training.default"
+    tensors = [Tensor("x", 4, "input"), Tensor("w", 4, "parameter"), Tensor("y", 4)]
+    graph = Graph("net", [Operator("f", kind, ("x", "w"), ("y",))], tensors, ["y"])
+    data = page_data(written(tmp_path / "r.html", graph, greedy_plan(graph, parameters=False)))
+    assert data["counts"] == {"input": 1, "activation": 1, "parameter": 1}
+    assert data["kinds"] == ["conv2d+batch_norm"]
+
+
 def test_parameters_that_are_streamed_are_not_shown_as_resident(tmp_path: Path) -> None:
     graph = layered_graph(30, seed=3)
     data = page_data(written(tmp_path / "r.html", graph, greedy_plan(graph, parameters=False)))
@@ -381,7 +390,8 @@ def test_pictures_are_svg_and_png_of_1200_by_700(tmp_path: Path, operators: int,
     root = ElementTree.parse(tmp_path / "p.SVG").getroot()
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     assert root.get("viewBox") == "0 0 864 504"
-    # A path for each rectangle at the least.
+    # Text is text, so that it can be searched, and a path for each rectangle at the least.
+    assert graph.name in [node.text for node in root.iter("{http://www.w3.org/2000/svg}text")]
     assert len(root.findall(".//{http://www.w3.org/2000/svg}path")) >= len(plan.residencies)
     plot_plan(tmp_path / "p.png", graph, plan, dark=dark)
     content = (tmp_path / "p.png").read_bytes()
@@ -541,6 +551,20 @@ class TestInABrowser:
         tip = seen[seen.index('id="tip"') :]
         assert f"<h3>{moved}</h3>" in tip
         assert "hidden" not in tip[: tip.index(">")]
+
+    def test_steps_count_from_0_as_in_the_plan(self, tmp_path: Path, case: tuple[Graph, Plan, Plan]) -> None:
+        graph, plan, _ = case
+        page = tmp_path / "r.html"
+        write_report(page, graph, plan)
+        first = plan.order[0]
+        seen = rendered(page, tmp_path, f"#operator={quote(first, safe='')}")
+        assert f"<span>step</span><span>0 · {graph.operators[0].kind}</span>" in seen
+        (stay, *_) = [r for r in plan.residencies if r.end - r.start > 1 and r.start > 0]
+        seen = rendered(page, tmp_path, f"#tensor={quote(stay.tensor, safe='')}")
+        assert f"steps {stay.start} to {stay.end - 1} at {stay.address:,} to " in seen
+        moves = [t for t in plan.transfers if t.kind in ("spill", "retrieve") and t.step < len(plan.order)]
+        rows = re.findall(r'<td class="number">(\d+)</td><td class="name">', seen)
+        assert sorted(map(int, rows)) == sorted(t.step for t in moves)
 
     def test_900_operators_render_without_an_error(self, tmp_path: Path) -> None:
         graph = layered_graph(900, seed=2)

@@ -30,14 +30,18 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit()
 
 
-@app.callback(invoke_without_command=True, epilog="Example: retensor plan densenet121 --scratchpad M_R -o plan.json")
+@app.callback(invoke_without_command=True, epilog="Example: retensor plan densenet121 --scratchpad M_H -o plan.json")
 def retensor(
     context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Plan where every tensor of a network lives in an accelerator's scratchpad; prove, check and run the plan."""
+    """Plan where every tensor of a network lives in an accelerator's scratchpad; prove, check and run the plan.
+
+    Exit codes: 0 done; 2 bad input, an invalid plan (verify) or outputs that differ (run); 3 the scratchpad is too
+    small; 130 stopped by Ctrl-C before there was a result.
+    """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
@@ -46,7 +50,7 @@ app.command(epilog="Example: retensor bounds densenet121 --weights")(bounds)
 app.command(epilog="Example: retensor plan model.onnx --scratchpad 2MiB -o plan.json --report report.html")(plan)
 app.command(epilog="Example: retensor verify plan.json model.onnx")(verify)
 app.command(epilog="Example: retensor run plan.json model.onnx --seed 1")(run)
-app.command(epilog="Example: retensor compare densenet121 --scratchpad M_R")(compare)
-app.command(epilog="Example: retensor sweep squeezenet --points 5 --picture sweep.svg")(sweep)
+app.command(epilog="Example: retensor compare densenet121 --scratchpad M_H")(compare)
+app.command(epilog="Example: retensor sweep densenet121 --points 5 --picture sweep.svg")(sweep)
 app.command(epilog="Example: retensor graph model.onnx --input image=1x3x224x224 -o graph.json")(graph)
 app.command(epilog="Example: retensor claims cosma")(claims)

@@ -8,14 +8,16 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retensor.errors import RetensorError
+from retensor.errors import MissingExtraError, PlanError, RetensorError
+from retensor.files import brief, writable_target
 
 if TYPE_CHECKING:
     from retensor.graph.structure import Graph
+    from retensor.planning.plan import Plan
 
 Model = Annotated[
     str,
@@ -33,7 +35,12 @@ Input = Annotated[
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option("--dtype", metavar="TYPE", help="Count elements as this type, such as int8; default the model's own."),
+    typer.Option(
+        "--dtype",
+        metavar="TYPE",
+        help="Count elements as this type, such as int8; default the model's own. Where that changes a size, the plan "
+        "can be verified but not run.",
+    ),
 ]
 Fuse = Annotated[
     bool, typer.Option("--fuse/--no-fuse", help="Take normalisation and activation into their convolution.")
@@ -64,16 +71,56 @@ def load_model(model: str, inputs: Sequence[str] | None, dtype: str | None, fuse
     return load(model, inputs=shapes or None, dtype=dtype, fuse=fuse, in_place=in_place)
 
 
-def load_again(model: str, options: Mapping[str, Any]) -> Graph:
-    """Load a model with the options that a plan recorded, so that it is the graph the plan was made for."""
+def load_again(model: str, found: Plan) -> Graph:
+    """Load a model with the options that a plan recorded, so that it is the graph the plan was made for.
+
+    Raises
+    ------
+    PlanError
+        Where the plan was made for a graph of another name, or the model does not take the options it recorded.
+    """
     from retensor.graph import load
 
-    return load(
-        model,
-        inputs=options.get("inputs") or None,
-        dtype=options.get("dtype"),
-        fuse=bool(options.get("fuse", True)),
-        in_place=bool(options.get("in_place", False)),
+    options = found.graph_options
+    try:
+        graph = load(
+            model,
+            inputs=options.get("inputs") or None,
+            dtype=options.get("dtype"),
+            fuse=bool(options.get("fuse", True)),
+            in_place=bool(options.get("in_place", False)),
+        )
+    except MissingExtraError:
+        raise
+    except (RetensorError, ValueError) as error:
+        # Options of one model make no sense for another; what is wrong is the model, not the options.
+        raise _explained(model, found, error) from error
+    if graph.digest != found.graph_digest and graph.name != found.graph_name:
+        raise _other_graph(found, graph.name)
+    return graph
+
+
+def _explained(model: str, found: Plan, error: Exception) -> Exception:
+    """What to say where ``model`` could not be loaded as the plan recorded."""
+    from retensor.graph import load
+
+    try:
+        name = load(model).name
+    except (RetensorError, ValueError) as plain:
+        if str(plain) == str(error):
+            return error
+    else:
+        if name != found.graph_name:
+            return _other_graph(found, name)
+    return PlanError(
+        f"this plan was made for graph '{found.graph_name}', and '{model}' cannot be loaded as that was: {error}"
+    )
+
+
+def _other_graph(found: Plan, name: str) -> PlanError:
+    return PlanError(
+        f"this plan was made for graph '{found.graph_name}', not '{name}'; give the model it was made for, "
+        f"or plan this one"
     )
 
 
@@ -126,38 +173,53 @@ def check_outputs(model: str, outputs: Mapping[str, Path | None], suffixes: Mapp
     ValueError, RetensorError
         With the option and what is wrong with its file.
     """
-    taken: dict[Path, str] = {}
-    source = Path(model)
-    if os.sep in model or source.suffix:
-        taken[Path(os.path.realpath(source))] = "the input"
+    written = [path for path in outputs.values() if path is not None]
+    taken: dict[str | tuple[int, int], str] = dict.fromkeys(_places(model), "the input")
+    # Nothing of the model can be lost where no output is there yet, and asking for its data means reading it.
+    if taken and any(_places(path) for path in written):
+        taken |= {place: "the input's external data" for file in _data_of(model) for place in _places(file)}
     for option, path in outputs.items():
         if path is None:
             continue
         allowed = suffixes.get(option)
         if allowed and path.suffix.lower() not in allowed:
             raise ValueError(f"{option} '{path}' ends in none of {', '.join(allowed)}; name a file that does")
-        real = Path(os.path.realpath(path))
-        if real in taken:
-            raise ValueError(f"{option} '{path}' is also {taken[real]}; name another file")
-        taken[real] = f"the file of {option}"
-        _check_writable(option, path)
+        target = writable_target(path, f"cannot write {option} '{brief(path)}'")
+        places: set[str | tuple[int, int]] = _places(target) or {str(target)}
+        for place in places & taken.keys():
+            raise ValueError(f"{option} '{brief(path)}' is also {taken[place]}; name another file")
+        taken |= dict.fromkeys(places, f"the file of {option}")
+        _check_writable(f"cannot write {option} '{brief(path)}'", target)
 
 
-def _check_writable(option: str, path: Path) -> None:
-    where = f"cannot write {option} '{path}'"
-    if path.is_dir():
-        raise RetensorError(f"{where}: it is a directory; name a file")
-    if path.exists():
-        if not path.is_file():
-            raise RetensorError(f"{where}: it is not an ordinary file; name another")
-        # A file nobody may write was locked on purpose, whatever the superuser could do.
-        if not os.access(path, os.W_OK) or not path.stat().st_mode & 0o222:
-            raise RetensorError(f"{where}: it is read-only; name another file or change its mode")
-    parent = path.parent
-    if not parent.is_dir():
-        raise RetensorError(f"{where}: there is no folder '{parent}'; make it first")
+def _places(path: str | Path) -> set[str | tuple[int, int]]:
+    """What tells whether a file that is there is the same as another: its own path, and its number on the disk."""
     try:
-        with tempfile.NamedTemporaryFile(dir=parent, prefix=f".{path.name}."):
+        status = Path(path).stat()
+    except (OSError, ValueError):
+        return set()
+    return {os.path.realpath(path), (status.st_dev, status.st_ino)}
+
+
+def _data_of(model: str) -> list[Path]:
+    """Files that hold the weights of an ONNX file; nothing where it is none, which loading it will say."""
+    from retensor.graph.onnx_file import external_files
+
+    try:
+        return external_files(model)
+    except RetensorError:
+        return []
+
+
+def _check_writable(where: str, target: Path) -> None:
+    # A file nobody may write was locked on purpose, whatever the superuser could do.
+    if target.exists() and (not os.access(target, os.W_OK) or not target.stat().st_mode & 0o222):
+        raise RetensorError(f"{where}: it is read-only; name another file or change its mode")
+    parent = target.parent
+    if not parent.is_dir():
+        raise RetensorError(f"{where}: there is no folder '{brief(parent)}'; make it first")
+    try:
+        with tempfile.NamedTemporaryFile(dir=parent, prefix=f".{target.name[:40]}."):
             pass
     except OSError as error:
         raise RetensorError(f"{where}: {(error.strerror or str(error)).lower()}; name a file elsewhere") from error

@@ -1,8 +1,8 @@
-"""``retensor compare``: COSMA's plan beside the four baselines of the paper, at one scratchpad."""
+"""``retensor compare``: COSMA's plan beside the four baselines of the paper, each placed in two ways."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from retensor.cli.output import (
     describe_merges,
     exact_bytes,
     graph_counts,
+    order_to_json,
     percent,
     print_json,
     print_lines,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from retensor.planning import Bounds
     from retensor.planning.baselines import Placement, Replacement, Schedule
     from retensor.planning.plan import Accelerator, Plan
+    from retensor.planning.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,12 @@ def compare(
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Set COSMA beside the four baselines: bytes, how much of them COSMA removes, and time.
+    """Set COSMA beside four baselines, each in two placements: bytes, how much of them COSMA removes, and time.
 
-    A baseline is a schedule (the model's, or the one of least peak footprint, MPMF), a replacement policy
-    (Belady's, or the greedy choice of the fewest bytes) and a linear allocator, which places all tensors in
-    advance (arena) or each when its step comes (online).
+    The four are two schedules (the model's, and MPMF, the one of least peak memory footprint) by two eviction
+    policies (Belady's, which evicts what is used last, and the greedy choice of the fewest bytes). Each is placed
+    by a linear allocator twice: all tensors in advance (arena), and each when its step comes (online). Comparing
+    takes extra time: MPMF is a search of its own, and all 4 x 2 baselines are run.
     """
     check_time_limit(time_limit)
     from retensor import planning
@@ -95,10 +98,15 @@ def compare(
     accelerator = Accelerator(scratchpad=scratchpad, alignment=alignment)
     graph = load_model(model, inputs, dtype, fuse, in_place)
     with watch("planning") as seen:
+        accelerator, limits = resolve(
+            graph, accelerator, parameters=weights, time_limit=time_limit, seed=seed, progress=seen.progress
+        )
         found = planning.plan(
             graph, accelerator, parameters=weights, time_limit=time_limit, seed=seed, progress=seen.progress
         )
-    beside = compare_with_baselines(graph, accelerator, found, ("arena", "online"), time_limit=time_limit, seed=seed)
+    beside = compare_with_baselines(
+        graph, accelerator, found, ("arena", "online"), limits=limits, time_limit=time_limit, seed=seed
+    )
     if json:
         print_json(
             graph_counts(graph)
@@ -111,6 +119,7 @@ def compare(
                 "non_compulsory_bytes": found.non_compulsory_bytes,
                 "bound_bytes": found.bound_bytes,
                 "gap": found.gap,
+                **order_to_json(found),
                 "seconds": round(found.seconds, 3),
                 "baselines": comparison_to_json(found, beside),
             }
@@ -120,23 +129,56 @@ def compare(
     print_comparison(found, beside)
 
 
+def resolve(
+    graph: Graph,
+    accelerator: Accelerator,
+    *,
+    parameters: bool,
+    time_limit: float,
+    seed: int,
+    progress: Callable[[Progress], None] | None,
+) -> tuple[Accelerator, Bounds | None]:
+    """The accelerator with a size in bytes where its own needs the graph's bounds, and these bounds.
+
+    They are the costly part of a size such as M_H; the MPMF baselines follow their schedule, so they are kept.
+    """
+    from retensor import planning
+    from retensor.planning.plan import Accelerator
+    from retensor.units import parse_size
+
+    size = accelerator.scratchpad
+    if not isinstance(size, str) or not ("M_P" in size or "M_H" in size):
+        return accelerator, None
+    limits = planning.bounds(
+        graph,
+        parameters=parameters,
+        alignment=accelerator.alignment,
+        time_limit=time_limit,
+        seed=seed,
+        progress=progress,
+    )
+    nbytes = parse_size(size, {"M_R": limits.m_r, "M_P": limits.m_p, "M_H": limits.m_h})
+    return Accelerator(scratchpad=nbytes, alignment=accelerator.alignment, name=accelerator.name), limits
+
+
 def compare_with_baselines(
     graph: Graph,
     accelerator: Accelerator,
     found: Plan,
     placements: Sequence[Placement] = ("arena",),
     *,
+    limits: Bounds | None = None,
     time_limit: float,
     seed: int,
 ) -> Comparison:
-    """Run the four baselines at the scratchpad of ``found``; the MPMF schedule is solved once for all of its rows."""
+    """Run the four baselines at the scratchpad of ``found``; ``limits`` brings the MPMF schedule, else solved once."""
     from retensor import planning
     from retensor.planning.plan import Accelerator
 
     # The size is resolved already; a relative one would be worked out again for every baseline.
     budget = Accelerator(scratchpad=found.scratchpad_bytes, alignment=accelerator.alignment, name=accelerator.name)
     with watch("baselines") as seen:
-        limits = planning.bounds(
+        limits = limits or planning.bounds(
             graph,
             parameters=found.parameters,
             alignment=found.alignment,

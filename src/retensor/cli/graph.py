@@ -14,6 +14,7 @@ from retensor.cli.output import (
     describe_merges,
     exact_bytes,
     graph_counts,
+    plural,
     print_json,
     print_lines,
     print_table,
@@ -42,6 +43,7 @@ def graph(
     check_outputs(model, {"-o": output}, {})
     loaded = load_model(model, inputs, dtype, fuse, in_place)
     from retensor.graph.json import graph_to_json, write_graph
+    from retensor.graph.merge import short_kind
 
     if output is not None:
         write_graph(loaded, output)
@@ -56,7 +58,7 @@ def graph(
             [
                 (
                     operator.name,
-                    operator.kind,
+                    short_kind(operator.kind),
                     f"{_bytes(loaded, loaded.operator_tensors(operator, False)):,}",
                     f"{_bytes(loaded, [n for n in operator.inputs if loaded.tensors[n].role == 'parameter']):,}",
                 )
@@ -66,9 +68,9 @@ def graph(
         )
         print_lines("")
     print_lines(describe_graph(loaded), describe_merges(loaded))
-    for role, plural in (("input", "inputs"), ("activation", "activations"), ("parameter", "parameters")):
+    for role in ("input", "activation", "parameter"):
         sizes = [tensor.nbytes for tensor in loaded.tensors.values() if tensor.role == role]
-        print_lines(f"{len(sizes):,} {plural if len(sizes) != 1 else role}: {exact_bytes(sum(sizes))}")
+        print_lines(f"{plural(len(sizes), role)}: {exact_bytes(sum(sizes))}")
     if output is not None:
         print_lines("", f"wrote {output}")
 

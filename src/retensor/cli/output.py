@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ from retensor.units import format_bytes
 
 if TYPE_CHECKING:
     from retensor.graph.structure import Graph
+    from retensor.planning.plan import Plan
 
 PIPE_WIDTH = 160
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -34,7 +36,10 @@ def print_json(content: Mapping[str, Any]) -> None:
 def print_error(sentence: str) -> None:
     """Print a mistake as one sentence on stderr."""
     one_line = " ".join(sentence.split())
-    print(f"retensor: {one_line}", file=sys.stderr)
+    # Where stderr is full or gone the exit code still tells; a file of None would mean stdout.
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(f"retensor: {one_line}", file=sys.stderr)
 
 
 def print_lines(*lines: str) -> None:
@@ -56,7 +61,29 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], left: in
 
 def describe_graph(graph: Graph) -> str:
     """One line: the graph's name and its counts."""
-    return f"{graph.name}: {len(graph.operators):,} operators, {len(graph.tensors):,} tensors"
+    found = tensor_counts(graph)
+    counts = [
+        plural(len(graph.operators), "operator"),
+        plural(found["input"], "input"),
+        plural(found["activation"], "activation"),
+        plural(found["parameter"], "parameter"),
+    ]
+    return f"{graph.name}: {', '.join(counts)}"
+
+
+def tensor_counts(graph: Graph) -> dict[str, int]:
+    """How many tensors of each role a graph has."""
+    roles = [tensor.role for tensor in graph.tensors.values()]
+    return {role: roles.count(role) for role in ("input", "activation", "parameter")}
+
+
+def plural(count: int, noun: str) -> str:
+    """A count and its noun.
+
+    >>> plural(1, "spill"), plural(2_000, "spill")
+    ('1 spill', '2,000 spills')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def graph_counts(graph: Graph) -> dict[str, Any]:
@@ -67,15 +94,27 @@ def graph_counts(graph: Graph) -> dict[str, Any]:
         "graph": graph.name,
         "operators": len(graph.operators),
         "tensors": len(graph.tensors),
+        "tensors_by_role": tensor_counts(graph),
         "merged": dict(merged_kinds(graph)),
+    }
+
+
+def order_to_json(found: Plan) -> dict[str, Any]:
+    """What every object of ``--json`` says about how far a plan's bound reaches."""
+    return {
+        "fixed_order": found.fixed_order,
+        "bound_holds_for": "given order" if found.fixed_order else "any order",
     }
 
 
 def describe_merges(graph: Graph, most: int = 6) -> str:
     """One line on what was merged, such as ``merged 120 nodes into 53 operators: Conv+Relu x 33``."""
-    from retensor.graph.merge import merged_kinds
+    from retensor.graph.merge import merged_kinds, short_kind
 
-    kinds = sorted(merged_kinds(graph).items(), key=lambda item: (-item[1], item[0]))
+    counts: dict[str, int] = {}
+    for kind, count in merged_kinds(graph).items():
+        counts[short_kind(kind)] = counts.get(short_kind(kind), 0) + count
+    kinds = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     if not kinds:
         return "nothing merged: each operator is one node of the model"
     nodes = sum(max(1, len(operator.nodes)) for operator in graph.operators)

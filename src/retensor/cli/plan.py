@@ -24,13 +24,15 @@ from retensor.cli.arguments import (
     check_time_limit,
     load_model,
 )
-from retensor.cli.compare import Comparison, compare_with_baselines, comparison_to_json, print_comparison
+from retensor.cli.compare import Comparison, compare_with_baselines, comparison_to_json, print_comparison, resolve
 from retensor.cli.output import (
     describe_graph,
     describe_merges,
     exact_bytes,
     graph_counts,
+    order_to_json,
     percent,
+    plural,
     print_json,
     print_lines,
     print_table,
@@ -61,7 +63,9 @@ def plan(
     picture: Annotated[
         Path | None, typer.Option("--picture", metavar="FILE", help="Draw the plan, as .svg or .png.")
     ] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Set the baselines beside it; --report does too.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Set the baselines beside it, which takes extra time; so does --report.")
+    ] = False,
     weights: Weights = False,
     order: Annotated[Order, typer.Option("--order", help="Choose the best order, or keep the model's.")] = Order.free,
     inputs: Input = None,
@@ -78,7 +82,8 @@ def plan(
 ) -> None:
     """Find the order, addresses and evictions with the least off-chip traffic, and prove it or state the gap.
 
-    Ctrl-C keeps the best plan so far, with its gap.
+    Ctrl-C keeps the best plan so far, with its gap. The baselines of --compare and --report are four (two
+    schedules by two eviction policies), placed in advance; retensor compare shows a second placement too.
     """
     check_time_limit(time_limit)
     check_outputs(
@@ -92,6 +97,9 @@ def plan(
     accelerator = Accelerator(scratchpad=scratchpad, alignment=alignment)
     graph = load_model(model, inputs, dtype, fuse, in_place)
     with watch("planning") as seen:
+        accelerator, limits = resolve(
+            graph, accelerator, parameters=weights, time_limit=time_limit, seed=seed, progress=seen.progress
+        )
         found = planning.plan(
             graph,
             accelerator,
@@ -107,7 +115,7 @@ def plan(
         planning.write_plan(found, output)
     beside: Comparison | None = None
     if (compare or report is not None) and not seen.stopped:
-        beside = compare_with_baselines(graph, accelerator, found, time_limit=time_limit, seed=seed)
+        beside = compare_with_baselines(graph, accelerator, found, limits=limits, time_limit=time_limit, seed=seed)
     if report is not None:
         planning.write_report(
             report, graph, found, beside.named if beside else (), bounds=beside.bounds if beside else None
@@ -145,6 +153,7 @@ def plan_summary(graph: Graph, found: Plan, stopped: bool = False) -> dict[str, 
         "alignment": found.alignment,
         "parameters": found.parameters,
         "order": "given" if found.fixed_order else "free",
+        **order_to_json(found),
         "compulsory_bytes": found.compulsory_bytes,
         "non_compulsory_bytes": found.non_compulsory_bytes,
         "bound_bytes": found.bound_bytes,
@@ -159,18 +168,19 @@ def print_plan(found: Plan, stopped: bool = False) -> None:
     """The plan's figures, one a line."""
     spills = sum(1 for transfer in found.transfers if transfer.kind == "spill")
     retrieves = sum(1 for transfer in found.transfers if transfer.kind == "retrieve")
+    order = " for the given order" if found.fixed_order else ""
     if found.status == "optimal":
-        verdict = "optimal for the given order, proved" if found.fixed_order else "optimal, proved"
+        verdict = f"optimal{order}, proved"
     else:
-        verdict = f"best found{' before Ctrl-C' if stopped else ''}; gap {percent(found.gap)}"
+        verdict = f"best found{order}{' before Ctrl-C' if stopped else ''}; gap {percent(found.gap)}"
     print_table(
         ("plan", ""),
         [
             ("status", verdict),
             ("scratchpad", exact_bytes(found.scratchpad_bytes)),
             ("non-compulsory", exact_bytes(found.non_compulsory_bytes)),
-            ("  by", f"{spills:,} spills, {retrieves:,} retrieves"),
-            ("proved bound", exact_bytes(found.bound_bytes)),
+            ("  by", f"{plural(spills, 'spill')}, {plural(retrieves, 'retrieve')}"),
+            (f"proved bound{order}", exact_bytes(found.bound_bytes)),
             ("compulsory", exact_bytes(found.compulsory_bytes)),
             ("time", f"{found.seconds:.2f} s ({found.solver})"),
         ],

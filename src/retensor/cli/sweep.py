@@ -98,6 +98,8 @@ def sweep(
         ],
         left=2,
     )
+    if len(curve) == 1 and not seen.stopped:
+        print_lines("", "M_R = M_P: one point, nothing to sweep")
     if seen.stopped:
         print_lines("", f"stopped by Ctrl-C after {len(curve)} of {points} budgets")
     if picture is not None:

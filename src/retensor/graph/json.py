@@ -6,6 +6,7 @@ strict: what the form does not know is refused with a sentence, nothing is guess
 
 from __future__ import annotations
 
+import codecs
 import heapq
 import json
 import os
@@ -15,10 +16,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from retensor.errors import GraphError
-from retensor.files import write_atomic
+from retensor.files import brief, broken_link, write_atomic
 from retensor.graph.structure import LARGEST_TENSOR, Graph, Operator, Tensor
 
 SCHEMA = "retensor.graph/1"
+PLAN_SCHEMA = "retensor.plan/1"
+DEEPEST_OPTION = 8
+LARGEST_OPTION = 2**60
 LARGEST_FILE = 512 * 2**20
 LONGEST_NAME = 4096
 
@@ -108,20 +112,23 @@ def read_graph(path: str | os.PathLike[str]) -> Graph:
         Where the file cannot be read or is not of the form; the sentence names the place.
     """
     source = Path(path)
+    shown = brief(source)
+    if (fault := broken_link(source)) is not None:
+        raise GraphError(f"'{shown}' {fault}; give the path of a graph file")
     try:
         status = source.stat()
         if stat.S_ISDIR(status.st_mode):
-            raise GraphError(f"'{source}' is a directory; give the path of a graph file")
+            raise GraphError(f"'{shown}' is a directory; give the path of a graph file")
         if not stat.S_ISREG(status.st_mode):
-            raise GraphError(f"'{source}' is not a regular file; give the path of a graph file")
+            raise GraphError(f"'{shown}' is not a regular file; give the path of a graph file")
         if status.st_size > LARGEST_FILE:
-            raise GraphError(f"'{source}' has {status.st_size:,} bytes; a graph file has up to 512 MiB")
+            raise GraphError(f"'{shown}' has {status.st_size:,} bytes; a graph file has up to 512 MiB")
         data = source.read_bytes()
     except FileNotFoundError:
-        raise GraphError(f"there is no file '{source}'; give the path of a graph file") from None
+        raise GraphError(f"there is no file '{shown}'; give the path of a graph file") from None
     except (OSError, ValueError) as error:
-        raise GraphError(f"cannot read {str(source)!a}: {getattr(error, 'strerror', None) or error}") from None
-    return graph_from_json(_decoded(data, str(source)), str(source))
+        raise GraphError(f"cannot read '{shown}': {getattr(error, 'strerror', None) or error}") from None
+    return graph_from_json(_decoded(data, shown), shown)
 
 
 def graph_from_json(form: Any, where: str = "the graph") -> Graph:
@@ -138,6 +145,8 @@ def graph_from_json(form: Any, where: str = "the graph") -> Graph:
     ------
     GraphError
     """
+    if isinstance(form, dict) and form.get("schema") == PLAN_SCHEMA:
+        raise GraphError(f"{where} is a plan, not a model; give the model that the plan was made for")
     _keys(form, where, _TOP, {"schema", "name", "tensors", "operators", "outputs"})
     if form["schema"] != SCHEMA:
         raise GraphError(f"{where} has schema {_cut(form['schema'])}; '{SCHEMA}' is read")
@@ -156,8 +165,10 @@ def graph_from_json(form: Any, where: str = "the graph") -> Graph:
         _name(value, f"an alias of {where}")
         if _name(target, f"an alias of {where}") not in known:
             raise GraphError(f"{where} has an alias of tensor {_cut(target)}, which it does not have")
-    options = _object(form.get("options", {}), f"the options of {where}")
-    return Graph(name, _in_order(operators, where), tensors, outputs, aliases, options)
+    options = _options(form.get("options", {}), f"the options of {where}")
+    graph = Graph(name, _in_order(operators, where), tensors, outputs, aliases, options)
+    _check_touched(form["tensors"], operators, outputs)
+    return graph
 
 
 def _decoded(data: bytes, where: str) -> Any:
@@ -172,6 +183,8 @@ def _decoded(data: bytes, where: str) -> Any:
             raise GraphError(f"{where} has the key {_cut(twice)} twice in one object")
         return table
 
+    if data.startswith(codecs.BOM_UTF8):
+        raise GraphError(f"{where} starts with a byte order mark, which JSON does not have; save it as UTF-8 without")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -200,6 +213,17 @@ def _tensor(entry: Any, where: str, made: set[str]) -> Tensor:
     if dtype is not None:
         dtype = _name(dtype, f"the dtype of {where}")
     return Tensor(name, nbytes, role, shape, dtype)  # type: ignore[arg-type]
+
+
+def _check_touched(entries: Any, operators: Sequence[Operator], outputs: Sequence[str]) -> None:
+    """Refuse a tensor that nothing touches, most often a misspelt name; one said to be an input may be unused."""
+    touched = {name for operator in operators for name in operator.inputs + operator.outputs} | set(outputs)
+    for entry in entries:
+        if entry["name"] not in touched and entry.get("role") not in ("input", "parameter"):
+            raise GraphError(
+                f"tensor {_cut(entry['name'])} is read and made by no operator and is no output; leave it out, "
+                "or say by its role that it is an input or a parameter"
+            )
 
 
 def _operator(entry: Any, where: str) -> Operator:
@@ -243,8 +267,43 @@ def _in_order(operators: Sequence[Operator], where: str) -> list[Operator]:
     return [operators[index] for index in order]
 
 
+def _options(value: Any, where: str) -> Mapping[str, Any]:
+    """How the graph was loaded, for plans to repeat: any plain JSON, with the fields that loaders act on checked."""
+    options = _object(value, where)
+    _check_plain(options, where, DEEPEST_OPTION)
+    for key in ("fuse", "in_place"):
+        if not isinstance(options.get(key, False), bool):
+            raise GraphError(f"'{key}' in {where} is {_cut(options[key])}; true or false is needed")
+    if options.get("dtype") is not None:
+        _name(options["dtype"], f"'dtype' in {where}")
+    if options.get("inputs") is not None:
+        for name, shape in _object(options["inputs"], f"'inputs' in {where}").items():
+            for size in _list(shape, f"the shape of {_cut(name)} in {where}"):
+                _count(size, f"a dimension of {_cut(name)} in {where}")
+    return options
+
+
+def _check_plain(value: Any, where: str, depth: int) -> None:
+    if depth == 0:
+        raise GraphError(f"{where} are nested more than {DEEPEST_OPTION} deep")
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            _name(key, f"a key in {where}")
+            _check_plain(entry, where, depth - 1)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            _check_plain(entry, where, depth - 1)
+    elif isinstance(value, str):
+        _name(value, f"a text in {where}")
+    elif value is not None and not (isinstance(value, (int, float)) and abs(value) <= LARGEST_OPTION):
+        raise GraphError(f"a value in {where} is {_cut(value)}; plain JSON with numbers up to 2**60 is needed")
+
+
 def _cut(value: Any) -> str:
-    text = ascii(value)
+    try:
+        text = ascii(value)
+    except ValueError:  # Python refuses to print integers of thousands of digits
+        return "a number of thousands of digits"
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from retensor.errors import GraphError, MissingExtraError
+from retensor.files import brief
 from retensor.graph.json import read_graph
 from retensor.graph.merge import merge
 from retensor.graph.structure import Graph
 
+_LONGEST_NAME = 200
+_TORCH_FILES = (".pt2", ".pt", ".pth")
 _PREFIXES = ("torchvision:", "timm:", "torch:")
 
 
@@ -60,11 +63,16 @@ def load(
     >>> graph.name, len(graph.operators), graph.operators[0].kind
     ('squeezenet', 39, 'Conv+Relu')
     """
+    for option, value in (("fuse", fuse), ("in_place", in_place)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{option} is True or False, not {type(value).__name__}")
     if not isinstance(source, (str, os.PathLike)):
         return _from_torch(source, inputs, dtype, fuse, in_place)
     text = os.fspath(source)
     if not isinstance(text, str):
         raise GraphError("a model is named by text, not by bytes")
+    if not text.strip():
+        raise GraphError("the model's name is empty; give an .onnx file, a graph .json, or a name such as resnet50")
     if isinstance(source, str):
         if text.startswith(_PREFIXES):
             return _from_torch(text, inputs, dtype, fuse, in_place)
@@ -72,6 +80,7 @@ def load(
             return _from_light(text.removeprefix("onnx:"), inputs, dtype, fuse, in_place)
     path = Path(text)
     if _is_file_name(path) or not isinstance(source, str):
+        _refuse_torch_file(path)
         if path.suffix.lower() == ".json" or _starts_as_json(path):
             return _from_json(path, inputs, dtype, in_place)
         from retensor.graph.onnx import load_onnx
@@ -79,6 +88,8 @@ def load(
         return load_onnx(path, inputs=inputs, dtype=dtype, fuse=fuse, in_place=in_place)
     if text in light_models():
         return _from_light(text, inputs, dtype, fuse, in_place)
+    if len(text) > _LONGEST_NAME:
+        raise GraphError(f"no network is named '{brief(text)}'; give an .onnx file, a graph .json, or a name")
     try:
         return _from_torch(text, inputs, dtype, fuse, in_place)
     except MissingExtraError:
@@ -106,19 +117,37 @@ def _light_folder() -> Path:
 def _is_file_name(path: Path) -> bool:
     """Whether a text means a file: it is there, or is written like a path."""
     try:
-        there = path.exists()
+        # A link to nothing is a file name too, and the loaders say where it leads.
+        there = path.exists() or path.is_symlink()
     except (OSError, ValueError):
         there = True
-    return there or path.suffix.lower() in (".onnx", ".json") or len(path.parts) > 1
+    return there or path.suffix.lower() in (".onnx", ".json", *_TORCH_FILES) or len(path.parts) > 1
+
+
+def _refuse_torch_file(path: Path) -> None:
+    """Say how to load a file of PyTorch's: reading one can run code, so that is left to whoever trusts it."""
+    if path.suffix.lower() == ".pt2":
+        raise GraphError(
+            f"'{path}' is a torch.export archive (.pt2), which is not opened here because reading one can run code; "
+            f"if you trust it, load it yourself: program = torch.export.load({str(path)!r}); "
+            "graph = retensor.graph.load(program)"
+        )
+    if path.suffix.lower() in _TORCH_FILES:
+        raise GraphError(
+            f"'{path}' is a pickled PyTorch file ({path.suffix}), which is not opened here because reading one can run "
+            "code; export the module: program = torch.export.export(module.eval(), (example_input,)); "
+            "graph = retensor.graph.load(program)"
+        )
 
 
 def _starts_as_json(path: Path) -> bool:
-    if path.suffix.lower() == ".onnx" or not path.is_file():
-        return False
     try:
+        # A pipe would be waited for.
+        if path.suffix.lower() == ".onnx" or not path.is_file():
+            return False
         with path.open("rb") as stream:
             return stream.read(64).lstrip().startswith(b"{")
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 
@@ -141,10 +170,14 @@ def _from_json(path: Path, inputs: Mapping[str, Sequence[int]] | None, dtype: st
     graph = read_graph(path)
     # A plan repeats the options its graph was written with; others would need the model itself.
     if dtype is not None and dtype != graph.options.get("dtype"):
-        raise GraphError(f"'{path}' is a bare graph whose bytes are as written; --dtype needs the model itself")
+        raise GraphError(
+            f"'{path}' is a bare graph whose bytes are as written; dtype= (--dtype) needs the model itself"
+        )
     given = {name: list(shape) for name, shape in (inputs or {}).items()}
     if given and given != graph.options.get("inputs"):
-        raise GraphError(f"'{path}' is a bare graph whose shapes are as written; --input needs the model itself")
+        raise GraphError(
+            f"'{path}' is a bare graph whose shapes are as written; inputs= (--input) needs the model itself"
+        )
     if not in_place:
         return graph
     merged = merge(graph, fuse=False, in_place=True)

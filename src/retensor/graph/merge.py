@@ -49,6 +49,12 @@ _ELEMENTWISE = _ACTIVATIONS | _words(
     # With a number, or the tensor itself, for the other argument these have one tensor only.
     "Add Sub Mul Div Max Min Sum add sub mul div pow"
 )
+_LONG_KINDS = {
+    "native_batch_norm_legit_no_training": "batch_norm",
+    "native_layer_norm": "layer_norm",
+    "native_group_norm": "group_norm",
+    "native_dropout": "dropout",
+}
 
 
 def merge(graph: Graph, *, fuse: bool, in_place: bool) -> Graph:
@@ -100,6 +106,25 @@ def merged_kinds(graph: Graph) -> dict[str, int]:
     {'Conv+Relu': 1}
     """
     return dict(Counter(operator.kind for operator in graph.operators if "+" in operator.kind).most_common())
+
+
+def short_kind(kind: str) -> str:
+    """An operator's kind for people: torch's names without namespace, overload and internal prefix.
+
+    >>> short_kind("aten.conv2d.default+aten._native_batch_norm_legit_no_training.default+aten.relu.default")
+    'conv2d+batch_norm+relu'
+    >>> short_kind("aten.add.Tensor"), short_kind("Conv+Relu"), short_kind("aten.max_pool2d_with_indices.default")
+    ('add', 'Conv+Relu', 'max_pool2d_with_indices')
+    """
+    return "+".join(_short_part(part) for part in kind.split("+"))
+
+
+def _short_part(part: str) -> str:
+    if not part.startswith("aten."):
+        return part
+    # An overload only says which arguments were numbers; an ONNX kind or one of a user's own has no such parts.
+    name = part.removeprefix("aten.").split(".")[0].lstrip("_")
+    return _LONG_KINDS.get(name, name) or part
 
 
 @dataclass

@@ -18,7 +18,16 @@ from onnx import NodeProto
 from retensor.errors import GraphError, RetensorError
 from retensor.graph.merge import merge
 from retensor.graph.onnx_file import ELEMENTS, FLOATING, OnnxModel, ValueType, read_model
-from retensor.graph.onnx_node import attribute_of, domain_of, kind_of, optional_outputs, reads, reason, shown
+from retensor.graph.onnx_node import (
+    attribute_of,
+    domain_of,
+    kind_of,
+    optional_outputs,
+    reads,
+    reason,
+    shown,
+    subgraphs,
+)
 from retensor.graph.onnx_program import OnnxProgram
 from retensor.graph.onnx_shapes import Shapes, input_types, sorted_nodes
 from retensor.graph.structure import LARGEST_TENSOR, Graph, Operator, Role, Tensor
@@ -39,6 +48,9 @@ DTYPES: Mapping[str, int] = {
 }
 """Element types that floating-point tensors can be counted at, and the bits of one element."""
 
+_RANDOM = frozenset(
+    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
+)
 _VIEWS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"})
 
 
@@ -161,9 +173,33 @@ class _Builder:
                 tensors[root] = self._tensor(root)
         aliases = {value: root for value, root in self.storage.items() if value != root and root in tensors}
         runnable = all(tensor.dtype == ELEMENTS[self._type(tensor.name).element][0] for tensor in tensors.values())
-        program = OnnxProgram(self.model, nodes, self.shapes, self.storage, tensors) if runnable else None
+        program = self._program(nodes, tensors) if runnable else None
         outputs = [self.storage[value] for value in self.model.outputs]
         return Graph(name, operators, tensors, outputs, aliases, program=program)
+
+    def _program(self, nodes: Mapping[str, NodeProto], tensors: Mapping[str, Tensor]) -> OnnxProgram:
+        return OnnxProgram(self.model, nodes, self.shapes, self.storage, tensors, random=self._random())
+
+    def _random(self) -> str | None:
+        """A node that reaches an output and draws random numbers, for a sentence."""
+        wanted = set(self.model.outputs)
+        for node in reversed(self.nodes):
+            if any(value in wanted for value in node.output if value):
+                wanted.update(reads(node))
+                if (found := self._drawing(node)) is not None:
+                    name = f"node '{shown(node.name)}' " if node.name else ""
+                    return f"{name}({found})" if name else f"a node ({found})"
+        return None
+
+    def _drawing(self, node: NodeProto) -> str | None:
+        """The kind of the node, or of one in its subgraphs, where that is random."""
+        if domain_of(node) == "":
+            if node.op_type in _RANDOM:
+                return str(node.op_type)
+            if node.op_type == "Dropout" and self._trains(node):
+                return "Dropout in training mode"
+        inner = (self._drawing(part) for body in subgraphs(node) for part in body.node)
+        return next((found for found in inner if found is not None), None)
 
     def _classify(self, used: set[str]) -> list[int]:
         """Fill ``storage``; the indices of nodes that compute something from the inputs."""

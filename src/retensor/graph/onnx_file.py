@@ -20,12 +20,14 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from retensor.errors import GraphError
+from retensor.files import brief, broken_link
 from retensor.graph.onnx_guard import InferenceError, inline_functions
 from retensor.graph.onnx_node import check_dimensions, check_node, domain_of, reason, shown, subgraphs
 from retensor.graph.structure import Bytes
 
 LARGEST_FILE = 2**31 - 1
 MOST_NODES = 250_000
+DEEPEST_CALL = 100
 # A tensor up to this many bytes is kept in the model, because shape inference may want its values.
 _SMALL = 4096
 
@@ -155,10 +157,15 @@ def read_model(path: str | os.PathLike[str]) -> OnnxModel:
         if tensor.data_type not in ELEMENTS and tensor.data_type != TensorProto.STRING:
             raise GraphError(f"initializer '{shown(tensor.name)}' has unknown element type {tensor.data_type}")
         if is_external(tensor):
-            external_file(tensor, source)
+            _check_external(tensor, source)
     sparse = {tensor.values.name: tensor for tensor in graph.sparse_initializer}
+    if len(sparse) != len(graph.sparse_initializer):
+        raise GraphError(f"'{source}' names a sparse initializer twice")
     for name, tensor in sparse.items():
         check_dimensions(tensor.dims, f"initializer '{shown(name)}'")
+        # Every runtime takes another one of the two.
+        if name in initializers:
+            raise GraphError(f"'{source}' has a dense and a sparse initializer '{shown(name)}'; leave one of them out")
     inputs: dict[str, Any] = {}
     for value in graph.input:
         if value.name in inputs:
@@ -178,20 +185,38 @@ def read_model(path: str | os.PathLike[str]) -> OnnxModel:
     )
 
 
+def external_files(path: str | os.PathLike[str]) -> list[Path]:
+    """The files beside an ONNX file that hold its external data, each once, links followed.
+
+    Raises
+    ------
+    GraphError
+        Where the file cannot be read or is no ONNX model.
+    """
+    source = Path(path)
+    _stamp(source)
+    tensors = [tensor for tensor in _parse(source).graph.initializer if is_external(tensor)]
+    return list(dict.fromkeys(external_file(tensor, source)[0] for tensor in tensors))
+
+
 def _stamp(path: Path) -> tuple[int, int]:
     """Size and time of a regular file; refuses anything else."""
+    where = f"'{brief(path)}'"
+    if (fault := broken_link(path)) is not None:
+        raise GraphError(f"{where} {fault}; give the path of an ONNX model")
     try:
         status = path.stat()
     except FileNotFoundError:
-        raise GraphError(f"there is no file '{path}'; give the path of an ONNX model") from None
+        raise GraphError(f"there is no file {where}; give the path of an ONNX model") from None
     except (OSError, ValueError) as error:
-        raise GraphError(f"cannot read '{shown(str(path), 200)}': {reason(error)}") from None
+        why = getattr(error, "strerror", None) or reason(error)
+        raise GraphError(f"cannot read {where}: {why}; give the path of an ONNX model") from None
     if stat.S_ISDIR(status.st_mode):
-        raise GraphError(f"'{path}' is a directory; give the path of an ONNX file inside it")
+        raise GraphError(f"{where} is a directory; give the path of an ONNX file inside it")
     if not stat.S_ISREG(status.st_mode):
-        raise GraphError(f"'{path}' is not a regular file; give the path of an ONNX model")
+        raise GraphError(f"{where} is not a regular file; give the path of an ONNX model")
     if status.st_size == 0:
-        raise GraphError(f"'{path}' is empty, not an ONNX model")
+        raise GraphError(f"{where} is empty, not an ONNX model")
     if status.st_size > LARGEST_FILE:
         raise GraphError(
             f"'{path}' has {status.st_size:,} bytes and an ONNX file has less than 2 GiB; "
@@ -273,8 +298,13 @@ def _inlined(model: ModelProto, path: Path) -> ModelProto:
             key = (node.domain, node.op_type)
             if key in bodies:
                 if key not in grown:
-                    if key in entered or len(entered) > 100:
+                    if key in entered:
                         raise GraphError(f"'{path}' has a function '{shown(node.op_type)}' that calls itself")
+                    if len(entered) >= DEEPEST_CALL:
+                        raise GraphError(
+                            f"'{path}' has functions that call one another {DEEPEST_CALL} deep and deeper, down to "
+                            f"'{shown(node.op_type)}'; unfold them before: onnx.inliner.inline_local_functions(model)"
+                        )
                     entered.add(key)
                     grown[key] = size(bodies[key])
                     entered.discard(key)
@@ -347,22 +377,41 @@ def external_file(tensor: TensorProto, model: Path) -> tuple[Path, int, int | No
     return file, offset, size
 
 
-def _external_bytes(tensor: TensorProto, model: Path, nbytes: int) -> bytes:
+def _check_external(tensor: TensorProto, model: Path) -> tuple[Path, int]:
+    """File and offset of a tensor's external data, after asking the disk whether as many bytes as it needs are there.
+
+    Raises
+    ------
+    GraphError
+    """
     file, offset, length = external_file(tensor, model)
-    where = f"external data of '{shown(tensor.name)}'"
+    where, name = f"external data of '{shown(tensor.name)}'", brief(file.name, 80)
+    nbytes = ValueType(tensor.data_type, tuple(tensor.dims)).nbytes if tensor.data_type in ELEMENTS else 0
     if length is not None and length != nbytes:
         raise GraphError(f"{where} has {length:,} bytes; its shape and type need {nbytes:,}")
     try:
-        if not stat.S_ISREG(file.stat().st_mode):
-            raise GraphError(f"{where}: '{file.name}' is not a regular file")
+        status = file.stat()
+    except FileNotFoundError:
+        raise GraphError(f"{where}: there is no file '{name}' beside the model; put it there") from None
+    except OSError as error:
+        raise GraphError(f"{where}: cannot read '{name}': {error.strerror or error}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise GraphError(f"{where}: '{name}' is not a regular file")
+    if status.st_size - offset < nbytes:
+        raise GraphError(f"{where}: '{name}' ends before the {nbytes:,} bytes that are needed")
+    return file, offset
+
+
+def _external_bytes(tensor: TensorProto, model: Path, nbytes: int) -> bytes:
+    # Asked before reading, so that a false size never makes the memory for it.
+    file, offset = _check_external(tensor, model)
+    try:
         with file.open("rb") as stream:
-            # Asked before reading, so that a false size never makes the memory for it.
-            if file.stat().st_size - offset < nbytes:
-                raise GraphError(f"{where}: '{file.name}' ends before the {nbytes:,} bytes that are needed")
             stream.seek(offset)
             return stream.read(nbytes)
     except OSError as error:
-        raise GraphError(f"{where}: cannot read '{file.name}': {error.strerror or error}") from None
+        where = f"external data of '{shown(tensor.name)}'"
+        raise GraphError(f"{where}: cannot read '{brief(file.name, 80)}': {error.strerror or error}") from None
 
 
 def tensor_bytes(tensor: TensorProto, model: Path) -> Bytes:

@@ -63,6 +63,8 @@ class OnnxProgram:
         Of the unmerged graph.
     threads : int
         Threads of each ONNX Runtime session, the plain run's too; 0 lets ONNX Runtime choose.
+    random : str, optional
+        A node that draws random numbers, for which running is refused: no two runs could be compared.
 
     Attributes
     ----------
@@ -78,9 +80,11 @@ class OnnxProgram:
         storage: Mapping[str, str],
         tensors: Mapping[str, Tensor],
         threads: int = 1,
+        random: str | None = None,
     ) -> None:
         """Nothing is built or read before it is asked for."""
         self.threads = threads
+        self.random = random
         self.outputs = tuple(model.outputs)
         self._model = model
         self._nodes = dict(nodes)
@@ -204,6 +208,7 @@ class OnnxProgram:
         GraphError
             Where ONNX Runtime cannot run it, or a storage is missing or of another size.
         """
+        self._refuse_random()
         piece = self._piece(operator)
         feeds: dict[str, Any] = {}
         for value, name in piece.feeds:
@@ -234,6 +239,7 @@ class OnnxProgram:
         ------
         GraphError
         """
+        self._refuse_random()
         # ONNX Runtime follows the external data of the file itself, so its places are checked once more.
         for tensor in self._model.initializers.values():
             if is_external(tensor):
@@ -250,6 +256,13 @@ class OnnxProgram:
         wanted = list(dict.fromkeys(self.outputs))
         made = self._run(session, feeds, wanted, "the model")
         return {self._storage[value]: data for value, data in zip(wanted, made, strict=True)}
+
+    def _refuse_random(self) -> None:
+        if self.random is not None:
+            raise GraphError(
+                f"the model can be planned, not run: {self.random} draws other random numbers in each run, so that a "
+                "planned run cannot be compared with a plain one; export the model for inference"
+            )
 
     def _known(self, value: str) -> ValueType:
         if value not in self._types or value not in self._storage:
@@ -292,9 +305,11 @@ class OnnxProgram:
         import onnxruntime
 
         given: dict[str, Any] = {}
+        fed: list[npt.NDArray[Any]] = []
         for value, data in feeds.items():
             kind = self._types[value]
             array = self._array(kind, data)
+            fed.append(array)
             if kind.element in _NATIVE:
                 given[value] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
             elif ELEMENTS[kind.element][1] in _RAW:
@@ -319,7 +334,8 @@ class OnnxProgram:
                 flat = np.ascontiguousarray(result.numpy()).reshape(-1).view(np.uint8)
             else:
                 flat = np.frombuffer(ctypes.string_at(result.data_ptr(), kind.nbytes), np.uint8)
-            results.append(flat)
+            # An output that is an input too comes back as the memory that was fed, which the caller may let go of.
+            results.append(flat.copy() if any(np.may_share_memory(flat, array) for array in fed) else flat)
         return results
 
     def _piece(self, operator: Operator) -> _Piece:

@@ -138,9 +138,10 @@ def input_types(model: OnnxModel, given: Mapping[str, Sequence[int]] | None) -> 
             unfixed.append(name)
     if unfixed:
         listed = ", ".join(f"'{shown(name)}' ({_written(declared[name][1])})" for name in unfixed[:8])
+        first, example = shown(unfixed[0]), _example(declared[unfixed[0]][1])
         raise GraphError(
             f"the model leaves dimensions of its inputs open: {listed}; fix them, as in "
-            f"--input {_example(unfixed[0], declared[unfixed[0]][1])}"
+            f"--input {first}={'x'.join(map(str, example))} or in Python inputs={{'{first}': {example}}}"
         )
     return types
 
@@ -159,23 +160,27 @@ def _checked_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def _example(name: str, dimensions: Sequence[int | str | None]) -> str:
-    """What to write on the command line for one input, open dimensions as a plain guess."""
-    sizes = [
-        str(size) if isinstance(size, int) else "1" if axis == 0 else "224" for axis, size in enumerate(dimensions)
-    ]
-    return f"{shown(name)}={'x'.join(sizes)}"
+def _example(dimensions: Sequence[int | str | None]) -> list[int]:
+    """A shape that could be given for one input, open dimensions as a plain guess."""
+    return [size if isinstance(size, int) else 1 if axis == 0 else 224 for axis, size in enumerate(dimensions)]
 
 
 def _written(dimensions: Sequence[int | str | None]) -> str:
     return shown("x".join("?" if size is None else str(size) for size in dimensions) or "a scalar", 120)
 
 
+def _with_article(noun: str) -> str:
+    return noun if noun == "untyped" else f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
 def _declared_input(name: str, kind: Any) -> tuple[int, list[int | str | None]]:
     """Element type and dimensions (number, name or None) of a network input."""
     if kind.WhichOneof("value") != "tensor_type":
         held = str(kind.WhichOneof("value") or "untyped").removesuffix("_type").replace("_", " ")
-        raise GraphError(f"input '{shown(name)}' is {held}; only tensors can be planned")
+        raise GraphError(
+            f"input '{shown(name)}' is {_with_article(held)}, not a tensor; only tensors can be planned: "
+            "give the model an input for each tensor of it"
+        )
     tensor = kind.tensor_type
     if tensor.elem_type not in ELEMENTS:
         what = "strings" if tensor.elem_type == TensorProto.STRING else f"unknown elements ({tensor.elem_type})"

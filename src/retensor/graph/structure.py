@@ -11,16 +11,32 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from retensor.errors import GraphError
+from retensor.files import brief, described
+from retensor.units import whole
 
 Role = Literal["activation", "input", "parameter"]
 Bytes = npt.NDArray[np.uint8]
 LARGEST_TENSOR = 2**50
+
+
+def quoted(name: object) -> str:
+    """A name in quotation marks for a message: on one line, its middle left out where it is long.
+
+    >>> quoted("conv\\n1")
+    "'conv\\\\n1'"
+    """
+    return f"'{brief(name)}'"
+
+
+def _check_text(name: object, what: str) -> None:
+    if not isinstance(name, str):
+        raise GraphError(f"{what} is {described(name, 60)}; a str is needed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +63,18 @@ class Tensor:
     shape: tuple[int, ...] | None = None
     dtype: str | None = None
 
+    def __post_init__(self) -> None:
+        _check_text(self.name, "a tensor's name")
+        try:
+            # Loaders and tools count in NumPy's integers too.
+            object.__setattr__(self, "nbytes", whole(self.nbytes, f"the size of tensor {quoted(self.name)}"))
+        except TypeError:
+            raise GraphError(
+                f"tensor {quoted(self.name)} has {described(self.nbytes, 40)} bytes; a whole number is needed"
+            ) from None
+        if self.shape is not None:
+            object.__setattr__(self, "shape", tuple(self.shape))
+
 
 @dataclass(frozen=True, slots=True)
 class Operator:
@@ -69,6 +97,22 @@ class Operator:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     nodes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_text(self.name, "an operator's name")
+        _check_text(self.kind, f"the kind of operator {quoted(self.name)}")
+        for field_name in ("inputs", "outputs", "nodes"):
+            given = getattr(self, field_name)
+            # Text is a sequence of letters, which is never what is meant.
+            if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+                raise GraphError(
+                    f"the {field_name} of operator {quoted(self.name)} are {described(given, 60)}; "
+                    "a tuple of names is needed, as in ('x',)"
+                )
+            names = tuple(given)
+            for name in names:
+                _check_text(name, f"one of the {field_name} of operator {quoted(self.name)}")
+            object.__setattr__(self, field_name, names)
 
 
 class Program(Protocol):
@@ -138,10 +182,13 @@ class Graph:
         options: Mapping[str, Any] | None = None,
         program: Program | None = None,
     ) -> None:
-        named = tensors.values() if isinstance(tensors, Mapping) else list(tensors)
+        _check_text(name, "a graph's name")
+        named = _all(tensors.values() if isinstance(tensors, Mapping) else tensors, Tensor, "tensors")
+        operators = _all(operators, Operator, "operators")
+        outputs = _all(outputs, str, "outputs")
         table = {tensor.name: tensor for tensor in named}
         if len(table) != len(named):
-            raise GraphError(f"graph '{name}' names a tensor twice")
+            raise GraphError(f"graph {quoted(name)} names a tensor twice")
         put = object.__setattr__
         put(self, "name", name)
         put(self, "operators", tuple(operators))
@@ -154,22 +201,27 @@ class Graph:
 
     def _validate(self) -> None:
         for tensor in self.tensors.values():
-            if not isinstance(tensor.nbytes, int) or not 0 <= tensor.nbytes <= LARGEST_TENSOR:
-                raise GraphError(f"tensor '{tensor.name}' has {tensor.nbytes} bytes; 0 to 2**50 are allowed")
+            if not 0 <= tensor.nbytes <= LARGEST_TENSOR:
+                size = f"{tensor.nbytes:,}" if abs(tensor.nbytes) < 10**40 else "very many"
+                raise GraphError(f"tensor {quoted(tensor.name)} has {size} bytes; 0 to 2**50 are allowed")
             if tensor.role not in get_args(Role):
-                raise GraphError(f"tensor '{tensor.name}' has role '{tensor.role}'; one of {get_args(Role)} is allowed")
+                raise GraphError(
+                    f"tensor {quoted(tensor.name)} has role {quoted(tensor.role)}; one of {get_args(Role)} is allowed"
+                )
         if not self.operators:
-            raise GraphError(f"graph '{self.name}' has no operators")
+            raise GraphError(f"graph {quoted(self.name)} has no operators")
         produced: set[str] = set()
         seen: set[str] = set()
         later = {output for operator in self.operators for output in operator.outputs}
         for operator in self.operators:
             if operator.name in seen:
-                raise GraphError(f"two operators are named '{operator.name}'")
+                raise GraphError(f"two operators are named {quoted(operator.name)}")
             seen.add(operator.name)
             for group in (operator.inputs, operator.outputs):
                 if len(set(group)) != len(group):
-                    raise GraphError(f"operator '{operator.name}' names a tensor twice among its inputs or outputs")
+                    raise GraphError(
+                        f"operator {quoted(operator.name)} names a tensor twice among its inputs or outputs"
+                    )
             for tensor_name in operator.inputs:
                 tensor = self._known(tensor_name, operator.name)
                 if tensor.role == "activation" and tensor_name not in produced:
@@ -178,24 +230,29 @@ class Graph:
                         if tensor_name in later
                         else "no operator produces it"
                     )
-                    raise GraphError(f"operator '{operator.name}' reads tensor '{tensor_name}', but {reason}")
+                    raise GraphError(
+                        f"operator {quoted(operator.name)} reads tensor {quoted(tensor_name)}, but {reason}"
+                    )
             for tensor_name in operator.outputs:
                 tensor = self._known(tensor_name, operator.name)
                 if tensor.role != "activation" or tensor_name in produced:
                     raise GraphError(
-                        f"operator '{operator.name}' writes tensor '{tensor_name}', which has another source"
+                        f"operator {quoted(operator.name)} writes tensor {quoted(tensor_name)}, "
+                        "which has another source"
                     )
                 produced.add(tensor_name)
         for tensor_name in self.outputs:
             tensor = self._known(tensor_name, "outputs")
             if tensor.role == "activation" and tensor_name not in produced:
-                raise GraphError(f"no operator produces the network's output '{tensor_name}'")
+                raise GraphError(f"no operator produces the network's output {quoted(tensor_name)}")
 
     def _known(self, tensor_name: str, where: str) -> Tensor:
         try:
             return self.tensors[tensor_name]
         except KeyError:
-            raise GraphError(f"'{where}' names tensor '{tensor_name}', which the graph does not have") from None
+            raise GraphError(
+                f"{quoted(where)} names tensor {quoted(tensor_name)}, which the graph does not have"
+            ) from None
 
     @cached_property
     def producer(self) -> Mapping[str, int]:
@@ -228,3 +285,17 @@ class Graph:
         if parameters:
             return tuple(names)
         return tuple(name for name in names if self.tensors[name].role != "parameter")
+
+
+_Kind = TypeVar("_Kind")
+
+
+def _all(given: Iterable[Any], kind: type[_Kind], what: str) -> list[_Kind]:
+    """``given`` as a list, where it is an iterable of ``kind``."""
+    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+        raise GraphError(f"a graph's {what} are {described(given, 60)}; a sequence of {kind.__name__} is needed")
+    found = list(given)
+    for entry in found:
+        if not isinstance(entry, kind):
+            raise GraphError(f"one of a graph's {what} is {described(entry, 60)}; each is of {kind.__name__}")
+    return found

@@ -217,7 +217,11 @@ class _Trace:
             return
         if not all(type(size) is int for size in value.shape):
             shape = "x".join(str(size) for size in value.shape)
-            raise GraphError(f"input '{node.name}' has dynamic shape {shape}; export with fixed shapes")
+            raise GraphError(
+                f"input '{node.name}' has dynamic shape {shape}; an exported program has its shapes, "
+                "which inputs= cannot change; export with fixed shapes: torch.export.export(module, example_inputs) "
+                "without dynamic_shapes"
+            )
         _plain(value, node.name)
         strides = tuple(value.stride()) if dense(value.shape, value.stride()) else contiguous_strides(value.shape)
         layout = Layout(node.name, value.dtype, tuple(value.shape), strides)

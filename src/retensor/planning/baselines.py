@@ -23,7 +23,7 @@ the stronger baseline and the default.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -151,33 +151,47 @@ class Held:
 class _Scratchpad:
     """Address ranges taken, by key: an item's index, or a negative one for a transient tensor."""
 
-    def __init__(self, size: int, alignment: int, taken: dict[int, tuple[int, int]] | None = None) -> None:
+    def __init__(self, size: int, alignment: int) -> None:
         self.size = size
         self.alignment = alignment
-        self.taken = dict(taken or {})
+        self.taken: dict[int, tuple[int, int]] = {}
+        self.rows: list[tuple[int, int, int]] = []
+        """Start, end and key by address, without empty tensors, which overlap nothing."""
 
     def copy(self) -> _Scratchpad:
-        return _Scratchpad(self.size, self.alignment, self.taken)
+        other = _Scratchpad(self.size, self.alignment)
+        other.taken, other.rows = dict(self.taken), list(self.rows)
+        return other
 
     def put(self, key: int, address: int, size: int) -> None:
         self.taken[key] = (address, address + size)
+        if size:
+            insort(self.rows, (address, address + size, key))
+
+    def remove(self, key: int) -> int:
+        """Free a key's range and return where it started."""
+        start, end = self.taken.pop(key)
+        if start < end:
+            del self.rows[bisect_left(self.rows, (start, end, key))]
+        return start
 
     def best_fit(self, size: int) -> int | None:
         """Start of the smallest gap that holds ``size`` bytes."""
-        best: tuple[int, int] | None = None
+        best: int | None = None
+        least = self.size + 1
         low = 0
-        # An empty tensor overlaps nothing.
-        taken = sorted((start, end) for start, end in self.taken.values() if start < end)
-        for start, end in [*taken, (self.size, self.size)]:
-            address = -(-low // self.alignment) * self.alignment
-            if address + size <= start and (best is None or start - address < best[0]):
-                best = (start - address, address)
-            low = max(low, end)
-        return None if best is None else best[1]
+        for start, end, _ in [*self.rows, (self.size, self.size, 0)]:
+            if start - low >= size:
+                address = -(-low // self.alignment) * self.alignment
+                if size <= start - address < least:
+                    best, least = address, start - address
+            if end > low:
+                low = end
+        return best
 
     def cheapest_window(self, size: int, removable: set[int]) -> set[int] | None:
         """The removable keys with the least bytes whose leaving opens a gap of ``size`` bytes."""
-        rows = sorted((start, end, key) for key, (start, end) in self.taken.items() if end > start)
+        rows = self.rows
         best: tuple[int, int, int] | None = None
         first = last = load = pinned = 0
         # A best window starts at the bottom or where some range ends; both of its ends only move up.
@@ -336,7 +350,7 @@ def _step_by_step(
 
     def leave(item: int, step: int) -> None:
         stays.append(Stay(item, since.pop(item), step))
-        addresses.append(pad.taken.pop(item)[0])
+        addresses.append(pad.remove(item))
 
     for step, operator in enumerate(order):
         own = problem.touched[operator]
@@ -366,7 +380,7 @@ def _step_by_step(
         pad = trial
         for item in own:
             since.setdefault(item, step)
-        transient_addresses[operator] = tuple(pad.taken.pop(key)[0] for key in transients)
+        transient_addresses[operator] = tuple(pad.remove(key) for key in transients)
         for item in own:
             if uses[item][-1] == step:
                 leave(item, step + 1)
@@ -390,7 +404,7 @@ def _make_room(
             if victims is None:
                 return None
             for item in victims:
-                del pad.taken[item]
+                pad.remove(item)
             evicted += sorted(victims)
         pad.put(key, address, sizes[key])
     return evicted

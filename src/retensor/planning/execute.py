@@ -16,8 +16,8 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -32,8 +32,21 @@ LARGEST_WHOLE_ARENA = 2**30
 
 _BASE_ALIGNMENT = 64
 
+Array = np.ndarray[Any, np.dtype[Any]]
 
-@dataclass(frozen=True, eq=False)
+
+@runtime_checkable
+class _Decoding(Protocol):
+    """A program that knows its outputs' names, types and shapes."""
+
+    outputs: tuple[str, ...]
+
+    def storage_of(self, value: str) -> str: ...
+
+    def decode(self, value: str, storage: Bytes) -> Array: ...
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Execution:
     """What came out of running a plan, and how it compares with the plain run.
 
@@ -70,6 +83,38 @@ class Execution:
     peak_bytes: int
     arena_bytes: int
     seconds: float
+    _arrays: Mapping[str, Array] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        compared = {None: "not compared", True: "equal in every bit", False: "not equal in every bit"}[self.bit_equal]
+        return (
+            f"<Execution: {len(self.outputs)} output{'' if len(self.outputs) == 1 else 's'}, {compared}; "
+            f"{self.bytes_in:,} bytes in, {self.bytes_out:,} out, peak {self.peak_bytes:,} of {self.arena_bytes:,}>"
+        )
+
+    def output_arrays(self) -> dict[str, Array]:
+        """The outputs as arrays of numbers; :attr:`outputs` has the same as raw bytes.
+
+        Returns
+        -------
+        dict of str to array
+            For an ONNX model by its own output names, in their types and shapes. For any other program, whose
+            tensors need not lie row by row, the elements of each output tensor as they lie, flat. An element type
+            that NumPy lacks comes as bits or bytes, but bfloat16 of the latter as float32.
+
+        Examples
+        --------
+        >>> execute(graph, plan).output_arrays()["softmax"].argmax()  # doctest: +SKIP
+        """
+        return dict(self._arrays)
+
+
+def _arrays(graph: Graph, outputs: Mapping[str, Bytes]) -> dict[str, Array]:
+    program: Any = graph.program
+    if isinstance(program, _Decoding):
+        return {value: program.decode(value, outputs[program.storage_of(value)]) for value in program.outputs}
+    flat = {name: decode(graph.tensors[name], value) for name, value in outputs.items()}
+    return {name: outputs[name] if array is None else array for name, array in flat.items()}
 
 
 def execute(
@@ -143,6 +188,7 @@ def execute(
         chip.peak_bytes,
         chip.arena.nbytes,
         seconds,
+        _arrays(graph, outputs),
     )
 
 
@@ -175,7 +221,7 @@ def difference(tensor: Tensor, value: Bytes, expected: Bytes) -> tuple[float, fl
     return largest, largest / scale if scale > 0 else math.inf
 
 
-def decode(tensor: Tensor, value: Bytes) -> np.ndarray[Any, np.dtype[Any]] | None:
+def decode(tensor: Tensor, value: Bytes) -> Array | None:
     """The elements of ``tensor`` in ``value``, flat; None where the element type is unknown to NumPy."""
     if tensor.dtype == "bfloat16":
         if value.nbytes % 2:

@@ -483,8 +483,11 @@ def _suffix(path: str | os.PathLike[str]) -> str:
 
 def _style() -> dict[str, Any]:
     return {
-        "font.family": "DejaVu Sans",
-        "svg.fonttype": "path",
+        # DejaVu comes with matplotlib and decides the layout; the others are about as wide, for a viewer without it.
+        "font.family": "sans-serif",
+        "font.sans-serif": ["DejaVu Sans", "Verdana", "Bitstream Vera Sans", "Arial", "sans-serif"],
+        # Text stays text: it can be searched, selected and read aloud.
+        "svg.fonttype": "none",
         # A fixed salt and no date: the same plan gives the same file.
         "svg.hashsalt": "retensor",
         "axes.unicode_minus": False,

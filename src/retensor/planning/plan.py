@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from retensor.files import brief, described
 from retensor.graph.structure import Graph
-from retensor.units import parse_size
+from retensor.units import parse_size, whole
 
 TransferKind = Literal["load", "store", "spill", "retrieve"]
 
@@ -40,8 +41,12 @@ class Accelerator:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.alignment, bool) or not isinstance(self.alignment, int):
-            raise TypeError(f"alignment is an int, not {type(self.alignment).__name__}")
+        object.__setattr__(self, "alignment", whole(self.alignment, "alignment"))
+        if not isinstance(self.scratchpad, str):
+            size = whole(self.scratchpad, "a scratchpad", "an int or a str such as '2MiB'")
+            object.__setattr__(self, "scratchpad", size)
+        if self.name is not None and not isinstance(self.name, str):
+            raise TypeError(f"an accelerator's name is a str, not {type(self.name).__name__}")
         if not 1 <= self.alignment <= 2**30:
             raise ValueError(f"alignment is a number of bytes from 1 to 2**30, not {self.alignment}")
         # A relative size is resolved against a graph later; anything else is checked now.
@@ -73,7 +78,7 @@ class Transfer:
     nbytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """A complete plan and what was proved of it.
 
@@ -111,6 +116,32 @@ class Plan:
     seconds: float
     fixed_order: bool = False
     graph_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("graph_name", "graph_digest", "solver"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"a plan's {name} is a str, not {type(getattr(self, name)).__name__}")
+        for name in ("scratchpad_bytes", "alignment", "bound_bytes"):
+            object.__setattr__(self, name, whole(getattr(self, name), f"a plan's {name}"))
+        for name, kind in (("order", str), ("residencies", Residency), ("transfers", Transfer)):
+            given = getattr(self, name)
+            try:
+                rows = () if isinstance(given, str) else tuple(given)
+            except TypeError:
+                rows = (given,)
+            if isinstance(given, str) or not all(isinstance(row, kind) for row in rows):
+                raise TypeError(f"a plan's {name} is a tuple of {kind.__name__}, not {described(given)}")
+            object.__setattr__(self, name, rows)
+        if not isinstance(self.graph_options, Mapping):
+            raise TypeError(f"a plan's graph_options is a mapping, not {type(self.graph_options).__name__}")
+
+    def __repr__(self) -> str:
+        """Its figures; a plan's rows are thousands."""
+        return (
+            f"Plan({brief(self.graph_name, 60)!r}, {self.status}, scratchpad_bytes={self.scratchpad_bytes}, "
+            f"non_compulsory_bytes={self.non_compulsory_bytes}, bound_bytes={self.bound_bytes}, "
+            f"steps={len(self.order)}, residencies={len(self.residencies)}, transfers={len(self.transfers)})"
+        )
 
     @property
     def compulsory_bytes(self) -> int:

@@ -73,7 +73,7 @@ const model = (() => {
 const stepName = (step) => (step < model.operators.length ? model.operators[step].name : "the end");
 const tensorByName = new Map(model.tensors.map((t, i) => [t.name, i]));
 const operatorByName = new Map(model.operators.map((op, i) => [op.name, i]));
-const range = (r) => (r.end - r.start === 1 ? `step ${number(r.start + 1)}` : `steps ${number(r.start + 1)} to ${number(r.end)}`);
+const range = (r) => (r.end - r.start === 1 ? `step ${number(r.start)}` : `steps ${number(r.start)} to ${number(r.end - 1)}`);
 const place = (r) => `${number(r.address)} to ${number(r.top)}`;
 const shapeOf = (t) => [t.shape ? t.shape.join(" × ") || "scalar" : "", t.dtype ?? ""].filter(Boolean).join(" · ");
 const roleName = (t) => (data.roles[t.role] === "output" ? "network output" : data.roles[t.role] === "input" ? "network input" : data.roles[t.role]);
@@ -83,7 +83,7 @@ const roleName = (t) => (data.roles[t.role] === "output" ? "network output" : da
 function fillFacts() {
   $("network").textContent = data.name;
   const what = data.parameters ? "activations and parameters in the scratchpad" : "activations in the scratchpad, parameters streamed";
-  $("subtitle").textContent = `${plural(data.operatorsTotal, "operator")}, ${plural(data.tensorsTotal, "tensor")}; ${what}; ${data.fixedOrder ? "order given" : "order chosen by the planner"}`;
+  $("subtitle").textContent = `${[plural(data.operatorsTotal, "operator"), ...["input", "activation", "parameter"].map((role) => plural(data.counts[role], role))].join(", ")}; ${what}; ${data.fixedOrder ? "order given" : "order chosen by the planner"}`;
   const fact = (key, value, more, extra = "") => $("facts").append(el("div", { class: `fact ${extra}` }, el("div", { class: "key" }, key), el("div", { class: "value" }, value), more === "" ? null : el("div", { class: "more" }, more)));
   const pill = el("span", { class: `pill ${data.status === "optimal" ? "good" : ""}` }, data.sentence);
   fact("Non-compulsory traffic", formatBytes(data.nonCompulsory), pill, "hero");
@@ -101,7 +101,7 @@ function fillFacts() {
     note(`M_P${p} `, `${formatBytes(b.p)} (no traffic from here${b.pBound < b.p ? `; proved at least ${formatBytes(b.pBound)}` : ""})`);
   }
   const at = model.resident.indexOf(model.peak);
-  if (at >= 0 && model.operators[at]) note("Fullest ", `at step ${number(at + 1)}, ${model.operators[at].name}`);
+  if (at >= 0 && model.operators[at]) note("Fullest ", `at step ${number(at)}, ${model.operators[at].name}`);
   const full = model.operators.filter((_, i) => model.resident[i] >= 0.95 * data.scratchpad).length;
   note(plural(full, "step"), ` with at least 95 % of the scratchpad taken`);
   const waste = model.usedTop - model.peak;
@@ -130,11 +130,11 @@ function tipContent(target) {
   if (target.move) {
     const m = target.move, t = model.tensors[m.tensor];
     const others = model.byKind[m.kind].filter((o) => o.step === m.step && o !== m);
-    return [el("h3", {}, t.name), row(model.kinds[m.kind], bytes(m.nbytes)), row("before", m.step < model.operators.length ? `step ${number(m.step + 1)}, ${stepName(m.step)}` : "the end"), row("", others.length ? `and ${others.length} more of this kind here` : "")];
+    return [el("h3", {}, t.name), row(model.kinds[m.kind], bytes(m.nbytes)), row("before", m.step < model.operators.length ? `step ${number(m.step)}, ${stepName(m.step)}` : "the end"), row("", others.length ? `and ${others.length} more of this kind here` : "")];
   }
   if (target.operator !== undefined) {
     const op = model.operators[target.operator], sum = (list) => list.reduce((s, t) => s + model.tensors[t].nbytes, 0);
-    return [el("h3", {}, op.name), row("step", `${number(op.step + 1)} · ${op.kind}`), row("reads", `${plural(op.inputs.length, "tensor")}, ${formatBytes(sum(op.inputs))}`), row("writes", `${plural(op.outputs.length, "tensor")}, ${formatBytes(sum(op.outputs))}`), row("resident", `${formatBytes(model.resident[op.step])}, ${percent(model.resident[op.step] / data.scratchpad)}`)];
+    return [el("h3", {}, op.name), row("step", `${number(op.step)} · ${op.kind}`), row("reads", `${plural(op.inputs.length, "tensor")}, ${formatBytes(sum(op.inputs))}`), row("writes", `${plural(op.outputs.length, "tensor")}, ${formatBytes(sum(op.outputs))}`), row("resident", `${formatBytes(model.resident[op.step])}, ${percent(model.resident[op.step] / data.scratchpad)}`)];
   }
   if (target.residency) {
     const r = target.residency, t = model.tensors[r.tensor];
@@ -168,14 +168,14 @@ function showDetails(tensor, operator) {
     box.replaceChildren(...[el("h3", {}, t.name), row("role", roleName(t)), row("shape", t.shape ? t.shape.join(" × ") || "scalar" : ""), row("type", t.dtype ?? ""), row("bytes", number(t.nbytes)),
       row("moved", (() => { const sum = t.moves.filter((m) => m.kind < LOAD).reduce((s, m) => s + m.nbytes, 0); return sum ? `${formatBytes(sum)} not compulsory` : ""; })()),
       ...list(t.residencies.length === 1 ? "Stay" : "Stays", t.residencies.map((r) => toStep(r.start, `${range(r)} at ${place(r)}`))),
-      ...list("Transfers", t.moves.map((m) => toStep(Math.min(m.step, model.operators.length - 1), `${model.kinds[m.kind]} ${m.step < model.operators.length ? `before step ${number(m.step + 1)}` : "at the end"}`))),
+      ...list("Transfers", t.moves.map((m) => toStep(Math.min(m.step, model.operators.length - 1), `${model.kinds[m.kind]} ${m.step < model.operators.length ? `before step ${number(m.step)}` : "at the end"}`))),
       ...list("Made by", t.producer === null ? [] : [toStep(t.producer, stepName(t.producer))]),
       ...list("Read by", t.readers.map((i) => toStep(i, stepName(i)))),
       el("div", { class: "act" }, t.residencies.length ? el("button", { type: "button", onclick: () => chart.show(t.residencies[0].start, t.residencies.at(-1).end, t.residencies[0].address, t.residencies[0].top) }, "Zoom to it") : null, el("button", { type: "button", onclick: () => select(null, null) }, "Clear"))].filter(Boolean));
   } else if (operator !== null) {
     const op = model.operators[operator];
     const line = (t) => el("span", {}, toTensor(t), ` ${formatBytes(model.tensors[t].nbytes)}`);
-    box.replaceChildren(...[el("h3", {}, op.name), row("kind", op.kind), row("step", `${number(op.step + 1)} of ${number(model.operators.length)}`), row("resident", `${formatBytes(model.resident[op.step])}, ${percent(model.resident[op.step] / data.scratchpad)}`),
+    box.replaceChildren(...[el("h3", {}, op.name), row("kind", op.kind), row("step", `${number(op.step)} of 0 to ${number(model.operators.length - 1)}`), row("resident", `${formatBytes(model.resident[op.step])}, ${percent(model.resident[op.step] / data.scratchpad)}`),
       ...list("Reads", op.inputs.map(line)), ...list("Writes", op.outputs.map(line)),
       el("div", { class: "act" }, el("button", { type: "button", onclick: () => select(null, null) }, "Clear"))].filter(Boolean));
   } else box.replaceChildren(el("p", { class: "muted" }, "Choose a rectangle, a transfer or an operator to see where it lives, what moved it and who uses it."));
@@ -228,7 +228,7 @@ const transferRow = (m) => {
   const t = model.tensors[m.tensor], op = model.operators[m.step], before = op ? `${op.name} (${op.kind})` : "the end";
   return {
     keys: [m.kind, t.name, m.nbytes, m.step, before], text: `${t.name} ${before} ${model.kinds[m.kind]}`.toLowerCase(),
-    cells: () => [el("span", {}, glyphIcon(m.kind), model.kinds[m.kind]), el("button", { type: "button", class: "link", onclick: () => { select(m.tensor, null, true); $("picture").scrollIntoView({ block: "start" }); } }, t.name), number(m.nbytes), op ? number(m.step + 1) : "end", before],
+    cells: () => [el("span", {}, glyphIcon(m.kind), model.kinds[m.kind]), el("button", { type: "button", class: "link", onclick: () => { select(m.tensor, null, true); $("picture").scrollIntoView({ block: "start" }); } }, t.name), number(m.nbytes), op ? number(m.step) : "end", before],
   };
 };
 const tables = {};
@@ -260,7 +260,7 @@ function fillOperators() {
     const before = new Float64Array(model.operators.length + 1);
     for (const m of model.moves) if (m.kind < LOAD) before[m.step] += m.nbytes;
     const rows = model.operators.map((op) => {
-      const values = [op.step + 1, op.name, op.kind, sum(op.inputs), sum(op.outputs), model.resident[op.step], before[op.step]];
+      const values = [op.step, op.name, op.kind, sum(op.inputs), sum(op.outputs), model.resident[op.step], before[op.step]];
       return { keys: values, text: "", cells: () => values.map((v, i) => (i === 1 ? el("button", { type: "button", class: "link", onclick: () => { select(null, op.step, true); $("picture").scrollIntoView({ block: "start" }); } }, v) : typeof v === "number" ? number(v) : v)) };
     });
     box.append(table([{ title: "Step", class: "number" }, { title: "Operator", class: "name" }, { title: "Kind" }, { title: "Bytes read", class: "number", down: true }, { title: "Bytes written", class: "number", down: true }, { title: "Resident", class: "number", down: true }, { title: "Moved before", class: "number", down: true }], rows).node);
@@ -308,7 +308,7 @@ function readAddress() {
     if (key === "tensor") tensor = tensorByName.get(value) ?? null;
     if (key === "operator") operator = operatorByName.get(value) ?? null;
     const found = key === "steps" && /^(\d{1,9})-(\d{1,9})$/.exec(value);
-    if (found) span = [Number(found[1]) - 1, Number(found[2])];
+    if (found) span = [Number(found[1]), Number(found[2]) + 1];
   }
   return { tensor, operator, span };
 }
@@ -340,7 +340,7 @@ fillFacts(); fillTransfers(); fillOperators(); fillCompare();
 showDetails(null, null);
 paint();
 chart.resize();
-$("foot").textContent = `Written by retensor for the graph with SHA-256 ${data.digest.slice(0, 16)}…. A spill writes a tensor off the chip, a retrieve reads it back; both are non-compulsory. First loads and stores of outputs happen in every plan and are counted apart. Addresses are in bytes; a tensor keeps its address while it stays.`;
+$("foot").textContent = `Written by retensor for the graph with SHA-256 ${data.digest.slice(0, 16)}…. A spill writes a tensor off the chip, a retrieve reads it back; both are non-compulsory. First loads and stores of outputs happen in every plan and are counted apart. Addresses are in bytes; a tensor keeps its address while it stays. Steps count from 0, as in the plan file.`;
 $("theme").addEventListener("click", () => { dark = !dark; chosenTheme = dark ? "dark" : "light"; paint(); keepAddress(selected === null ? "" : `tensor=${encodeName(model.tensors[selected].name)}`); });
 preferred.addEventListener("change", () => { if (!chosenTheme) { dark = preferred.matches; paint(); } });
 $("in-x").addEventListener("click", () => chart.zoom("x", 0.5)); $("out-x").addEventListener("click", () => chart.zoom("x", 2));

@@ -20,6 +20,7 @@ from importlib import resources
 from typing import Any, Protocol
 
 from retensor.files import write_atomic
+from retensor.graph.merge import short_kind
 from retensor.graph.structure import Graph
 from retensor.planning.appearance import KINDS, ROLES, check_graph, palette, role_of, shades, status_sentence
 from retensor.planning.plan import Plan
@@ -85,7 +86,7 @@ def write_report(
     Notes
     -----
     The page's address takes ``#dark`` or ``#light``, ``#tensor=NAME`` (selects it), ``#operator=NAME``,
-    ``#steps=10-40`` (the part shown), joined by ``&``; names are percent-encoded.
+    ``#steps=10-40`` (the part shown, both included, counted from 0), joined by ``&``; names are percent-encoded.
 
     Examples
     --------
@@ -130,7 +131,8 @@ def _data(graph: Graph, plan: Plan, baselines: Sequence[tuple[str, Plan]], bound
         )
     )
     index = {name: i for i, name in enumerate(names)}
-    kinds = list(dict.fromkeys(step.kind for step in steps))
+    kinds = list(dict.fromkeys(short_kind(step.kind) for step in steps))
+    roles = [tensor.role for tensor in graph.tensors.values()]
     shade = shades(graph, plan)
     return {
         "name": graph.name,
@@ -148,7 +150,7 @@ def _data(graph: Graph, plan: Plan, baselines: Sequence[tuple[str, Plan]], bound
         "seconds": _finite(plan.seconds),
         "fixedOrder": plan.fixed_order,
         "operatorsTotal": len(graph.operators),
-        "tensorsTotal": len(names),
+        "counts": {role: roles.count(role) for role in ("input", "activation", "parameter")},
         "bounds": None
         if bounds is None
         else {
@@ -166,7 +168,7 @@ def _data(graph: Graph, plan: Plan, baselines: Sequence[tuple[str, Plan]], bound
         "operators": [
             [
                 step.name,
-                kinds.index(step.kind),
+                kinds.index(short_kind(step.kind)),
                 [index[name] for name in step.inputs if name in index and name in touched[step.name]],
                 [index[name] for name in step.outputs],
             ]

@@ -113,7 +113,7 @@ function makeChart(canvas, model, on) {
       write(formatBytes(byte), at.left - 8, y, { align: "right", size: at.small ? 10 : 11 });
     }
     write("address", at.left, 15, { weight: "600", colour: ink.ink, size: 12 });
-    const from = Math.max(1, Math.floor(view.x0) + 1), to = Math.min(steps, Math.ceil(view.x1));
+    const from = Math.max(0, Math.floor(view.x0)), to = Math.min(steps, Math.ceil(view.x1)) - 1;
     const note = `steps ${from.toLocaleString("en")} to ${to.toLocaleString("en")} of ${steps.toLocaleString("en")}`;
     const over = model.scratchpad > view.y1 * 1.0001 ? `scratchpad ends above, at ${formatBytes(model.scratchpad)}` : "";
     write(over && !at.small ? `${over}  ·  ${note}` : note, at.left + at.width, 15, { align: "right" });
@@ -183,10 +183,10 @@ function makeChart(canvas, model, on) {
     line(at.left, y + 0.5, at.left + at.width, y + 0.5, ink.line);
     const tick = each >= 26 ? 1 : stepTicks();
     for (let i = Math.max(0, Math.floor(view.x0)); i < Math.min(steps, view.x1); i++) {
-      if (tick > 1 && (i + 1) % tick && i) continue;
+      if (i % tick) continue;
       const x = X(i + 0.5);
       if (x < at.left || x > at.left + at.width) continue;
-      line(x, y, x, y + 4, ink.muted); write(String(i + 1), x, y + 11, { align: "center", size: 10.5 });
+      line(x, y, x, y + 4, ink.muted); write(String(i), x, y + 11, { align: "center", size: 10.5 });
     }
     const mine = selected === null ? null : model.tensors[selected];
     if (at.fade > 0) {

@@ -97,6 +97,8 @@ class Search:
         """The best plan found before the clock ran out or was stopped."""
         self._solve_parts()
         layout = self._with_addresses()
+        if layout is None:
+            return self._fallback()
         if traffic(self.problem, layout.stays) > self.bound:
             layout = min(layout, self._fallback(), key=lambda found: traffic(self.problem, found.stays))
         return layout
@@ -202,8 +204,8 @@ class Search:
 
     # -- addresses ------------------------------------------------------------------------------
 
-    def _with_addresses(self) -> Layout:
-        """Pack the parts' stays; solve again, with addresses, what does not pack."""
+    def _with_addresses(self) -> Layout | None:
+        """Pack the parts' stays; solve again, with addresses, what does not pack. None where time ran out."""
         while True:
             order, stays = join(self.problem, self.solved)
             blocks = self._blocks(order, stays)
@@ -212,7 +214,7 @@ class Search:
             if isinstance(addresses, tuple):
                 return self._layout(order, stays, addresses)
             if addresses is None or not self._place(addresses):
-                return self._fallback()
+                return None
 
     def _pack_in_turn(self, blocks: list[Block]) -> tuple[int, ...] | range | None:
         """Addresses part by part; or the parts that cannot be packed together; or None out of time.

@@ -10,10 +10,11 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from retensor.errors import PlanError
-from retensor.graph.structure import Graph, Operator
+from retensor.files import described
+from retensor.graph.structure import Graph, Operator, quoted
 from retensor.planning.plan import Plan, Residency, Transfer
 
 
@@ -58,6 +59,8 @@ def verify(graph: Graph, plan: Plan) -> Verification:
     ------
     PlanError
         Names the first rule that the plan breaks. Nothing else is raised, whatever the plan's values.
+    TypeError
+        Where they are no graph and plan.
 
     Examples
     --------
@@ -71,6 +74,10 @@ def verify(graph: Graph, plan: Plan) -> Verification:
     >>> verify(graph, plan)
     Verification(compulsory_bytes=8, non_compulsory_bytes=0, peak_bytes=8, steps=1)
     """
+    given: tuple[object, object] = (graph, plan)
+    if not hasattr(given[0], "operator_tensors") or not hasattr(given[1], "residencies"):
+        kinds = " and ".join(type(one).__name__ for one in given)
+        raise TypeError(f"verify takes a Graph and a Plan, in this order, not {kinds}")
     _check_header(graph, plan)
     operators = _check_order(graph, plan)
     _check_residencies(graph, plan, len(operators))
@@ -94,10 +101,17 @@ def _n(count: int) -> str:
 
 
 def _check_header(graph: Graph, plan: Plan) -> None:
+    rows: list[tuple[str, Any, tuple[object, ...]]] = [
+        ("residency", stay, (stay.start, stay.end, stay.address)) for stay in plan.residencies
+    ]
+    rows += [("transfer", move, (move.step, move.nbytes)) for move in plan.transfers]
+    for what, row, numbers in rows:
+        if not isinstance(row.tensor, str) or not all(isinstance(number, int) for number in numbers):
+            raise PlanError(f"a {what} is of a tensor's name and whole numbers, not {described(row, 100)}")
     if plan.graph_digest != graph.digest:
         raise PlanError(
-            f"the plan was made for another graph: it names '{plan.graph_name}' with digest "
-            f"{str(plan.graph_digest)[:12]}, this is '{graph.name}' with digest {graph.digest[:12]}; "
+            f"the plan was made for another graph: it names {quoted(plan.graph_name)} with digest "
+            f"{str(plan.graph_digest)[:12]}, this is {quoted(graph.name)} with digest {graph.digest[:12]}; "
             f"load the graph with the options the plan was made with, or plan this one"
         )
     if plan.scratchpad_bytes < 1:
@@ -112,37 +126,37 @@ def _check_order(graph: Graph, plan: Plan) -> list[Operator]:
     step_of: dict[str, int] = {}
     for step, name in enumerate(plan.order):
         if name not in known:
-            raise PlanError(f"step {step}: the plan runs operator '{name}', which the graph does not have")
+            raise PlanError(f"step {step}: the plan runs operator {quoted(name)}, which the graph does not have")
         if name in step_of:
-            raise PlanError(f"step {step}: operator '{name}' runs a second time; it ran at step {step_of[name]}")
+            raise PlanError(f"step {step}: operator {quoted(name)} runs a second time; it ran at step {step_of[name]}")
         step_of[name] = step
     for name in known:
         if name not in step_of:
-            raise PlanError(f"operator '{name}' is missing from the plan's order")
+            raise PlanError(f"operator {quoted(name)} is missing from the plan's order")
     operators = [known[name] for name in plan.order]
     for step, operator in enumerate(operators):
         for tensor in operator.inputs:
             maker = graph.producer.get(tensor)
             if maker is not None and step_of[graph.operators[maker].name] >= step:
                 raise PlanError(
-                    f"step {step} (operator '{operator.name}'): reads tensor '{tensor}' before operator "
-                    f"'{graph.operators[maker].name}' makes it at step {step_of[graph.operators[maker].name]}"
+                    f"step {step} (operator {quoted(operator.name)}): reads tensor {quoted(tensor)} before operator "
+                    f"{quoted(graph.operators[maker].name)} makes it at step {step_of[graph.operators[maker].name]}"
                 )
     return operators
 
 
 def _check_name(graph: Graph, plan: Plan, tensor: str, what: str) -> None:
     if tensor not in graph.tensors:
-        raise PlanError(f"{what} names tensor '{tensor}', which the graph does not have")
+        raise PlanError(f"{what} names tensor {quoted(tensor)}, which the graph does not have")
     if graph.tensors[tensor].role == "parameter" and not plan.parameters:
-        raise PlanError(f"{what} names parameter '{tensor}', but the plan is for activations only")
+        raise PlanError(f"{what} names parameter {quoted(tensor)}, but the plan is for activations only")
 
 
 def _check_residencies(graph: Graph, plan: Plan, steps: int) -> None:
     """Each residency by itself: known tensor, steps in range, address aligned and inside the scratchpad."""
     for stay in plan.residencies:
         _check_name(graph, plan, stay.tensor, "a residency")
-        what = f"tensor '{stay.tensor}' in steps {_n(stay.start)} to {_n(stay.end)} at address {_n(stay.address)}"
+        what = f"tensor {quoted(stay.tensor)} in steps {_n(stay.start)} to {_n(stay.end)} at address {_n(stay.address)}"
         if not 0 <= stay.start < stay.end <= steps:
             raise PlanError(f"{what}: a residency starts at step 0 or later, before it ends, and ends by step {steps}")
         if stay.address < 0:
@@ -158,7 +172,7 @@ def _check_transfers(graph: Graph, plan: Plan, steps: int) -> None:
     """Each transfer by itself: known tensor and kind, step in range, the tensor's own bytes."""
     for transfer in plan.transfers:
         _check_name(graph, plan, transfer.tensor, "a transfer")
-        what = f"the {transfer.kind} of tensor '{transfer.tensor}' at step {_n(transfer.step)}"
+        what = f"the {transfer.kind} of tensor {quoted(transfer.tensor)} at step {_n(transfer.step)}"
         if transfer.kind not in ("load", "store", "spill", "retrieve"):
             raise PlanError(f"{what}: kinds are load, store, spill and retrieve")
         if not 0 <= transfer.step <= steps:
@@ -200,14 +214,14 @@ class _Replay:
             for tensor in self.graph.operator_tensors(operator, self.plan.parameters):
                 if tensor not in self.resident:
                     verb = "writes" if tensor in operator.outputs else "reads"
-                    self._fail(step, f"{verb} tensor '{tensor}', which is not in the scratchpad")
+                    self._fail(step, f"{verb} tensor {quoted(tensor)}, which is not in the scratchpad")
         self._cross(len(self.operators))
         for tensor in self.graph.outputs:
             if self.graph.tensors[tensor].role == "activation" and tensor not in self.copied:
-                self._fail(len(self.operators), f"output '{tensor}' was never stored")
+                self._fail(len(self.operators), f"output {quoted(tensor)} was never stored")
         for tensor, transfer in self.copied.items():
             if transfer.kind == "spill" and tensor not in self.wanted_back:
-                self._fail(transfer.step, f"pointless spill of tensor '{tensor}': it is never retrieved")
+                self._fail(transfer.step, f"pointless spill of tensor {quoted(tensor)}: it is never retrieved")
 
     def _cross(self, step: int) -> None:
         """What happens between two operators: writes, then ends, then starts with their reads."""
@@ -219,27 +233,31 @@ class _Replay:
         reads: dict[str, Transfer] = {}
         for transfer in self.reads.get(step, ()):
             if transfer.tensor in reads:
-                self._fail(step, f"tensor '{transfer.tensor}' is read from off-chip twice")
+                self._fail(step, f"tensor {quoted(transfer.tensor)} is read from off-chip twice")
             reads[transfer.tensor] = transfer
         for stay in self.starting.get(step, ()):
             self._start(step, stay, reads.pop(stay.tensor, None))
         for transfer in reads.values():
-            self._fail(step, f"the {transfer.kind} of tensor '{transfer.tensor}' starts no residency")
+            self._fail(step, f"the {transfer.kind} of tensor {quoted(transfer.tensor)} starts no residency")
 
     def _write(self, step: int, transfer: Transfer) -> None:
         tensor, nbytes = transfer.tensor, transfer.nbytes
         if self.graph.tensors[tensor].role != "activation":
-            self._fail(step, f"{transfer.kind} of '{tensor}', which is an input or parameter and has a copy off-chip")
+            self._fail(
+                step, f"{transfer.kind} of {quoted(tensor)}, which is an input or parameter and has a copy off-chip"
+            )
         if transfer.kind == "spill" and tensor in self.outputs:
-            self._fail(step, f"spill of '{tensor}', which is an output: its one write is a store")
+            self._fail(step, f"spill of {quoted(tensor)}, which is an output: its one write is a store")
         if transfer.kind == "store" and tensor not in self.outputs:
-            self._fail(step, f"store of '{tensor}', which is not an output of the network")
+            self._fail(step, f"store of {quoted(tensor)}, which is not an output of the network")
         if tensor in self.copied:
             first = self.copied[tensor]
-            self._fail(step, f"tensor '{tensor}' is written off-chip again; its {first.kind} was at step {first.step}")
+            self._fail(
+                step, f"tensor {quoted(tensor)} is written off-chip again; its {first.kind} was at step {first.step}"
+            )
         # Neither ends nor starts of this step have happened yet: what is resident now is valid.
         if tensor not in self.resident:
-            self._fail(step, f"{transfer.kind} of tensor '{tensor}', which is not in the scratchpad then")
+            self._fail(step, f"{transfer.kind} of tensor {quoted(tensor)}, which is not in the scratchpad then")
         self.copied[tensor] = transfer
         if transfer.kind == "store":
             self.compulsory += nbytes
@@ -251,23 +269,25 @@ class _Replay:
         if tensor in self.resident:
             other = self.resident[tensor]
             where = f"at address {_n(other.address)} until step {_n(other.end)}"
-            self._fail(step, f"tensor '{tensor}' starts at address {_n(stay.address)} while it still lies {where}")
+            self._fail(
+                step, f"tensor {quoted(tensor)} starts at address {_n(stay.address)} while it still lies {where}"
+            )
         if tensor in self.left and self.left[tensor].address == stay.address:
             self._fail(
-                step, f"tensor '{tensor}' leaves and returns at the same address {_n(stay.address)}: join the two"
+                step, f"tensor {quoted(tensor)} leaves and returns at the same address {_n(stay.address)}: join the two"
             )
         self._take(step, stay)
         if tensor not in self.seen and self.graph.tensors[tensor].role == "activation":
             self._made(step, stay, read)
         elif tensor not in self.seen:
             if read is None or read.kind != "load":
-                self._fail(step, f"the first residency of tensor '{tensor}' starts without a load")
+                self._fail(step, f"the first residency of tensor {quoted(tensor)} starts without a load")
             self.compulsory += read.nbytes
         else:
             if read is None or read.kind != "retrieve":
-                self._fail(step, f"a further residency of tensor '{tensor}' starts without a retrieve")
+                self._fail(step, f"a further residency of tensor {quoted(tensor)} starts without a retrieve")
             if self.graph.tensors[tensor].role == "activation" and tensor not in self.copied:
-                self._fail(step, f"retrieve of tensor '{tensor}', which has no copy off-chip by then")
+                self._fail(step, f"retrieve of tensor {quoted(tensor)}, which has no copy off-chip by then")
             self.non_compulsory += read.nbytes
             self.wanted_back.add(tensor)
         self.seen.add(tensor)
@@ -277,12 +297,16 @@ class _Replay:
         """The first residency of an activation: at its producer's step, and not by a transfer."""
         tensor = stay.tensor
         if read is not None:
-            self._fail(step, f"{read.kind} of tensor '{tensor}', which was not made yet")
+            self._fail(step, f"{read.kind} of tensor {quoted(tensor)}, which was not made yet")
         if step >= len(self.operators) or tensor not in self.operators[step].outputs:
             maker = self.graph.producer.get(tensor)
-            by = "no operator makes it" if maker is None else f"operator '{self.graph.operators[maker].name}' makes it"
+            by = (
+                "no operator makes it"
+                if maker is None
+                else f"operator {quoted(self.graph.operators[maker].name)} makes it"
+            )
             self._fail(
-                step, f"the first residency of tensor '{tensor}' starts at a step that does not produce it ({by})"
+                step, f"the first residency of tensor {quoted(tensor)} starts at a step that does not produce it ({by})"
             )
 
     def _take(self, step: int, stay: Residency) -> None:
@@ -295,8 +319,8 @@ class _Replay:
         for neighbour in self.range_owners[max(at - 1, 0) : at + 1]:
             end = neighbour.address + self.graph.tensors[neighbour.tensor].nbytes
             if neighbour.address < stay.address + nbytes and stay.address < end:
-                here = f"tensor '{stay.tensor}' at addresses {_n(stay.address)} to {_n(stay.address + nbytes)}"
-                there = f"tensor '{neighbour.tensor}' at {_n(neighbour.address)} to {_n(end)}"
+                here = f"tensor {quoted(stay.tensor)} at addresses {_n(stay.address)} to {_n(stay.address + nbytes)}"
+                there = f"tensor {quoted(neighbour.tensor)} at {_n(neighbour.address)} to {_n(end)}"
                 self._fail(step, f"{here} overlaps {there}")
         self.range_starts.insert(at, stay.address)
         self.range_owners.insert(at, stay)
@@ -310,5 +334,5 @@ class _Replay:
 
     def _fail(self, step: int, sentence: str) -> NoReturn:
         if step < len(self.operators):
-            raise PlanError(f"step {step} (operator '{self.operators[step].name}'): {sentence}")
+            raise PlanError(f"step {step} (operator {quoted(self.operators[step].name)}): {sentence}")
         raise PlanError(f"after the last step: {sentence}")
