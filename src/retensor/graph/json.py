@@ -6,24 +6,21 @@ strict: what the form does not know is refused with a sentence, nothing is guess
 
 from __future__ import annotations
 
-import codecs
 import heapq
 import json
 import os
-import stat
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from retensor.errors import GraphError
-from retensor.files import brief, broken_link, write_atomic
+from retensor.files import brief, write_atomic
 from retensor.graph.structure import LARGEST_TENSOR, Graph, Operator, Tensor
+from retensor.jsonfile import read_json
 
 SCHEMA = "retensor.graph/1"
 PLAN_SCHEMA = "retensor.plan/1"
 DEEPEST_OPTION = 8
 LARGEST_OPTION = 2**60
-LARGEST_FILE = 512 * 2**20
 LONGEST_NAME = 4096
 
 _TOP = {"schema", "name", "tensors", "operators", "outputs", "aliases", "options"}
@@ -111,24 +108,7 @@ def read_graph(path: str | os.PathLike[str]) -> Graph:
     GraphError
         Where the file cannot be read or is not of the form; the sentence names the place.
     """
-    source = Path(path)
-    shown = brief(source)
-    if (fault := broken_link(source)) is not None:
-        raise GraphError(f"'{shown}' {fault}; give the path of a graph file")
-    try:
-        status = source.stat()
-        if stat.S_ISDIR(status.st_mode):
-            raise GraphError(f"'{shown}' is a directory; give the path of a graph file")
-        if not stat.S_ISREG(status.st_mode):
-            raise GraphError(f"'{shown}' is not a regular file; give the path of a graph file")
-        if status.st_size > LARGEST_FILE:
-            raise GraphError(f"'{shown}' has {status.st_size:,} bytes; a graph file has up to 512 MiB")
-        data = source.read_bytes()
-    except FileNotFoundError:
-        raise GraphError(f"there is no file '{shown}'; give the path of a graph file") from None
-    except (OSError, ValueError) as error:
-        raise GraphError(f"cannot read '{shown}': {getattr(error, 'strerror', None) or error}") from None
-    return graph_from_json(_decoded(data, shown), shown)
+    return graph_from_json(read_json(path, "graph", GraphError), brief(path))
 
 
 def graph_from_json(form: Any, where: str = "the graph") -> Graph:
@@ -169,34 +149,6 @@ def graph_from_json(form: Any, where: str = "the graph") -> Graph:
     graph = Graph(name, _in_order(operators, where), tensors, outputs, aliases, options)
     _check_touched(form["tensors"], operators, outputs)
     return graph
-
-
-def _decoded(data: bytes, where: str) -> Any:
-    def constant(text: str) -> NoReturn:
-        raise GraphError(f"{where} holds the number {text}, which JSON does not have")
-
-    def pairs(entries: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(entries)
-        if len(table) != len(entries):
-            seen: set[str] = set()
-            twice = next(key for key, _ in entries if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise GraphError(f"{where} has the key {_cut(twice)} twice in one object")
-        return table
-
-    if data.startswith(codecs.BOM_UTF8):
-        raise GraphError(f"{where} starts with a byte order mark, which JSON does not have; save it as UTF-8 without")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise GraphError(f"{where} is not UTF-8 text (byte {error.start}); a graph file is JSON") from None
-    try:
-        return json.loads(text, parse_constant=constant, object_pairs_hook=pairs)
-    except json.JSONDecodeError as error:
-        raise GraphError(f"{where} is not JSON: {error.msg} in line {error.lineno}") from None
-    except RecursionError:
-        raise GraphError(f"{where} is nested too deeply to be a graph") from None
-    except ValueError:  # Python refuses integers of thousands of digits
-        raise GraphError(f"{where} holds a number with too many digits") from None
 
 
 def _tensor(entry: Any, where: str, made: set[str]) -> Tensor:

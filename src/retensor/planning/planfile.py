@@ -10,17 +10,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NoReturn, cast, get_args
+from typing import Any, cast, get_args
 
 from retensor.errors import PlanError
-from retensor.files import write_atomic
+from retensor.files import brief, write_atomic
+from retensor.jsonfile import read_json
 from retensor.planning.plan import Plan, Residency, Transfer, TransferKind
 
 SCHEMA = "retensor.plan/1"
-LARGEST_FILE = 512 * 2**20
 LARGEST_INT = 2**60
 LARGEST_SUM = 2**90
 LARGEST_ALIGNMENT = 2**30
@@ -169,51 +167,11 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
     PlanError
         Where the file is missing, a directory, over 512 MiB, or not a well-formed plan.
     """
-    target = Path(path)
+    data = read_json(path, "plan", PlanError)
     try:
-        # Looked at before opening: opening a named pipe would wait for ever.
-        if not stat.S_ISREG(target.stat().st_mode):
-            what = "a directory" if target.is_dir() else "not a regular file"
-            raise PlanError(f"cannot read plan '{target}': it is {what}; name a plan file (JSON)")
-        with target.open("rb") as stream:
-            content = stream.read(LARGEST_FILE + 1)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise PlanError(f"cannot read plan '{target}': {reason}") from error
-    if len(content) > LARGEST_FILE:
-        raise PlanError(f"cannot read plan '{target}': it is over {LARGEST_FILE // 2**20} MiB, too big for a plan")
-    try:
-        return plan_from_json(_parse(content))
+        return plan_from_json(data)
     except PlanError as error:
-        raise PlanError(f"cannot read plan '{target}': {error}") from error
-
-
-def _parse(content: bytes) -> Any:
-    if not content.strip():
-        raise PlanError("the file is empty")
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise PlanError(f"it is not UTF-8 text (byte {error.start}), so no JSON") from error
-    try:
-        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_repeats)
-    except RecursionError as error:
-        raise PlanError("it is nested too deeply for a plan") from error
-    except ValueError as error:
-        raise PlanError(f"it is not JSON: {error}") from error
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise PlanError(f"{name} is not a number that a plan may hold")
-
-
-def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in table:
-            raise PlanError(f"field {_shown(name)} is given twice")
-        table[name] = value
-    return table
+        raise PlanError(f"cannot read plan '{brief(path)}': {error}") from error
 
 
 def _residency(row: object, i: int) -> Residency:
