@@ -16,6 +16,7 @@ from torch.nn import functional
 from retensor.errors import GraphError
 from retensor.graph.structure import Graph, Operator
 from retensor.graph.torch import load_torch
+from retensor.planning import Accelerator, execute, plan
 
 VIEWS = {
     "view",
@@ -604,3 +605,26 @@ def test_any_small_module_is_bit_equal_operator_by_operator(steps, shape, fuse, 
     with torch.no_grad():
         expected = module(torch.from_numpy(numbers(inputs["x"]).reshape(shape).copy()))[0]
     assert np.array_equal(numbers(results[graph.outputs[0]]), expected.numpy(), equal_nan=True)
+
+
+def test_outputs_come_back_in_the_shapes_that_the_module_returns() -> None:
+    class Two(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            y = self.conv(x)
+            return {"turned": y.transpose(1, 3), "mean": y.mean((2, 3)), "half": y.to(torch.bfloat16)}
+
+    module = Two().eval()
+    example = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    graph = load_torch(module, example_inputs=(example,))
+    made = plan(graph, Accelerator("M_R", alignment=4))
+    name = next(t.name for t in graph.tensors.values() if t.role == "input")
+    arrays = execute(graph, made, inputs={name: example.numpy()}).output_arrays()
+    with torch.no_grad():
+        expected = list(module(example).values())
+    assert [array.shape for array in arrays.values()] == [tuple(value.shape) for value in expected]
+    for array, value in zip(arrays.values(), expected, strict=True):
+        assert torch.equal(torch.from_numpy(array), value.float())

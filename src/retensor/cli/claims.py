@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -28,7 +29,16 @@ def claims(
         if sys.stderr.isatty():
             print(f"retensor: {text}", file=sys.stderr)
 
-    reports = run_claims(folder, slugs or [], progress)
+    # Solvers greet on stdout; there the one object of --json, or the table, should stand alone.
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        reports = run_claims(folder, slugs or [], progress)
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
     target = folder.resolve().parent / "CLAIMS.md"
     write_table(folder, target)
     write_readme(folder, target.with_name("README.md"))

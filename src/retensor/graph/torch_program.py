@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from retensor.errors import GraphError
 from retensor.graph.structure import Bytes, Operator
@@ -218,6 +219,31 @@ class TorchProgram:
                 results[layout.storage] = self._whole(layout, inputs)
             _write(value, results[layout.storage], layout)
         return {name: _as_bytes(elements) for name, elements in results.items()}
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """A name for each tensor that the module returns, flat and in order: ``output0``, ``output1``, ..."""
+        return tuple(f"output{i}" for i, layout in enumerate(self._wiring.outputs) if layout is not None)
+
+    def storage_of(self, value: str) -> str:
+        """Name of the tensor that holds the bytes of the output ``value``."""
+        return self._output(value).storage
+
+    def decode(self, value: str, storage: Bytes) -> npt.NDArray[Any]:
+        """The output ``value`` in its shape, from the bytes of its tensor; bfloat16 comes as float32."""
+        import torch
+
+        found = _value(_own(storage, value), self._output(value))
+        array: npt.NDArray[Any] = (found.float() if found.dtype == torch.bfloat16 else found).clone().numpy()
+        return array
+
+    def _output(self, value: str) -> Layout:
+        self._measure()
+        index = value.removeprefix("output")
+        layout = self._wiring.outputs[int(index)] if value in self.outputs else None
+        if layout is None:
+            raise ValueError(f"the module has no output '{value}'; it has {', '.join(self.outputs)}")
+        return layout
 
     def _whole(self, layout: Layout, inputs: Mapping[str, Bytes]) -> torch.Tensor:
         """Flat bytes of the storage that an output lies in, before the output is written over them."""

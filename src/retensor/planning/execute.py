@@ -98,9 +98,9 @@ class Execution:
         Returns
         -------
         dict of str to array
-            For an ONNX model by its own output names, in their types and shapes. For any other program, whose
-            tensors need not lie row by row, the elements of each output tensor as they lie, flat. An element type
-            that NumPy lacks comes as bits or bytes, but bfloat16 of the latter as float32.
+            In their types and shapes: of an ONNX model by its own output names, of a PyTorch module as ``output0``,
+            ``output1``, ... in the order it returns them. Of another program without such names, the elements of
+            each output tensor as they lie, flat. An element type that NumPy lacks comes as bits, bytes or float32.
 
         Examples
         --------
