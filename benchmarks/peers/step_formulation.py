@@ -38,7 +38,8 @@ import numpy.typing as npt
 from benchmarks.peers.step_model import Model
 
 from retensor.graph.structure import Graph
-from retensor.planning.plan import Plan, Residency, transfers_of
+from retensor.planning.assemble import transfers_of
+from retensor.planning.plan import Plan, Residency
 from retensor.planning.verify import verify
 
 Status = Literal["optimal", "feasible", "unknown", "infeasible"]

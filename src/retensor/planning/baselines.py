@@ -29,9 +29,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from retensor.errors import PlanError
 from retensor.graph.structure import Graph
 from retensor.planning.allocate import Block, neighbours
+from retensor.planning.assemble import finish, sequence_of
+from retensor.planning.bounds import bounds, resolve_scratchpad
 from retensor.planning.checks import check_accelerator, check_graph
 from retensor.planning.plan import Accelerator, Plan
 from retensor.planning.problem import Problem, build_problem, check_feasible
@@ -85,9 +86,6 @@ def baseline(
     InfeasibleError
         Where one operator alone does not fit.
     """
-    from retensor.planning.bounds import bounds, resolve_scratchpad
-    from retensor.planning.exact import finish
-
     check_graph(graph)
     check_accelerator(accelerator)
     if schedule not in ("default", "mpmf"):
@@ -112,31 +110,6 @@ def baseline(
         solver=f"{schedule} schedule, {replacement} replacement, {placement} placement",
         seconds=clock.seconds, fixed_order=True,
     )  # fmt: skip
-
-
-def sequence_of(graph: Graph, names: Sequence[str]) -> tuple[int, ...]:
-    """Operator indices of a schedule given by names.
-
-    Raises
-    ------
-    PlanError
-        Where the names are not the graph's operators, each once, in an order that runs.
-    """
-    index = {operator.name: i for i, operator in enumerate(graph.operators)}
-    if len(names) != len(index) or set(names) != set(index):
-        wrong = next((n for n in names if n not in index), None)
-        reason = f"'{wrong}' is no operator of it" if wrong else "it must name each operator once"
-        raise PlanError(f"the order given does not fit graph '{graph.name}': {reason}")
-    sequence = tuple(index[name] for name in names)
-    step = steps_of(sequence)
-    for name, producer in graph.producer.items():
-        for consumer in graph.consumers[name]:
-            if step[consumer] <= step[producer]:
-                raise PlanError(
-                    f"the order given runs '{graph.operators[consumer].name}' before "
-                    f"'{graph.operators[producer].name}', which makes its input '{name}'"
-                )
-    return sequence
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from retensor.graph.structure import Graph
-from retensor.planning.baselines import sequence_of
+from retensor.planning.assemble import finish, sequence_of
 from retensor.planning.bounds import resolve_scratchpad
 from retensor.planning.checks import check_accelerator, check_graph, check_search
-from retensor.planning.plan import Accelerator, Plan, Residency, transfers_of
-from retensor.planning.problem import Problem, build_problem, check_feasible
+from retensor.planning.plan import Accelerator, Plan
+from retensor.planning.problem import build_problem, check_feasible
 from retensor.planning.progress import Clock, ProgressCallback, stop_on_interrupt
-from retensor.planning.residency import Stay, steps_of
 from retensor.planning.search import Search
 
 
@@ -92,62 +91,3 @@ def plan(
         result.transient_addresses, bound=search.bound, solver="COSMA (CP-SAT)", seconds=clock.seconds,
         fixed_order=fixed is not None,
     )  # fmt: skip
-
-
-def finish(
-    graph: Graph,
-    accelerator: Accelerator,
-    scratchpad: int,
-    parameters: bool,
-    problem: Problem,
-    order: tuple[int, ...],
-    stays: Sequence[Stay],
-    addresses: Sequence[int],
-    transient_addresses: Sequence[Sequence[int]],
-    *,
-    bound: int,
-    solver: str,
-    seconds: float,
-    fixed_order: bool,
-) -> Plan:
-    """A :class:`Plan` in the graph's names, from what a search decided on the whole problem."""
-    step = steps_of(order)
-    residencies = [
-        Residency(problem.items[s.item].name, s.start, s.end, address)
-        for s, address in zip(stays, addresses, strict=True)
-    ]
-    for operator, row in enumerate(problem.transients):
-        for (name, _), address in zip(row, transient_addresses[operator], strict=True):
-            residencies.append(Residency(name, step[operator], step[operator] + 1, address))
-    residencies = _without_idle_moves(residencies)
-    residencies.sort(key=lambda r: (r.start, r.address, r.tensor))
-    names = tuple(graph.operators[o].name for o in order)
-    ordered = tuple(residencies)
-    transfers = transfers_of(graph, names, ordered)
-    return Plan(
-        graph_name=graph.name,
-        graph_digest=graph.digest,
-        scratchpad_bytes=scratchpad,
-        alignment=accelerator.alignment,
-        parameters=parameters,
-        order=names,
-        residencies=ordered,
-        transfers=transfers,
-        bound_bytes=bound,
-        solver=solver,
-        seconds=seconds,
-        fixed_order=fixed_order,
-        graph_options=dict(graph.options),
-    )
-
-
-def _without_idle_moves(residencies: list[Residency]) -> list[Residency]:
-    """Join what leaves and comes back at once to the address it had."""
-    kept: list[Residency] = []
-    for residency in sorted(residencies, key=lambda r: (r.tensor, r.start)):
-        last = kept[-1] if kept else None
-        if last and (last.tensor, last.end, last.address) == (residency.tensor, residency.start, residency.address):
-            kept[-1] = Residency(last.tensor, last.start, residency.end, last.address)
-        else:
-            kept.append(residency)
-    return kept

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from retensor.files import brief, described
-from retensor.graph.structure import Graph
 from retensor.units import parse_size, whole
 
 TransferKind = Literal["load", "store", "spill", "retrieve"]
@@ -163,29 +162,3 @@ class Plan:
     def status(self) -> Literal["optimal", "feasible"]:
         """``optimal`` where the bound meets the traffic."""
         return "optimal" if self.non_compulsory_bytes <= self.bound_bytes else "feasible"
-
-
-def transfers_of(graph: Graph, order: tuple[str, ...], residencies: tuple[Residency, ...]) -> tuple[Transfer, ...]:
-    """The transfers that a set of residencies implies, writes as early as the first residency ends."""
-    step_of = {name: step for step, name in enumerate(order)}
-    by_tensor: dict[str, list[Residency]] = {}
-    for residency in residencies:
-        by_tensor.setdefault(residency.tensor, []).append(residency)
-    outputs = set(graph.outputs)
-    transfers: list[Transfer] = []
-    for name, stays in by_tensor.items():
-        tensor = graph.tensors[name]
-        stays.sort(key=lambda residency: residency.start)
-        made_here = tensor.role == "activation"
-        if not made_here:
-            transfers.append(Transfer(name, "load", stays[0].start, tensor.nbytes))
-        elif name in outputs:
-            transfers.append(Transfer(name, "store", stays[0].end, tensor.nbytes))
-        elif len(stays) > 1:
-            transfers.append(Transfer(name, "spill", stays[0].end, tensor.nbytes))
-        if made_here and stays[0].start != step_of[graph.operators[graph.producer[name]].name]:
-            raise AssertionError(f"first residency of '{name}' does not start at its producer")
-        transfers += [Transfer(name, "retrieve", stay.start, tensor.nbytes) for stay in stays[1:]]
-    # At one step writes come before reads, so that a retrieve may follow its own spill.
-    transfers.sort(key=lambda t: (t.step, t.kind in ("load", "retrieve"), t.tensor))
-    return tuple(transfers)
