@@ -17,10 +17,11 @@ from retensor.planning.allocate import Block, pack
 from retensor.planning.baselines import _least_set, _Scratchpad
 from retensor.planning.chains import glue
 from retensor.planning.frontier import search_frontier
+from retensor.planning.late import postpone
 from retensor.planning.peak import _cumulative, _greedy, least_peak, peak_of
 from retensor.planning.problem import Problem, build_problem, independent_parts, split
 from retensor.planning.progress import Clock
-from retensor.planning.residency import Answer, keep_or_evict, schedule_and_evict
+from retensor.planning.residency import Answer, keep_or_evict, schedule_and_evict, schedule_evict_and_place
 
 
 def _chain_of_cells(cells: int) -> Graph:
@@ -130,6 +131,45 @@ def test_a_frontier_search_is_exact_where_it_is_wide_and_never_claims_too_much_w
     assert proved > 60
     assert unproved > 20
     assert narrow_proved > 20
+
+
+def test_chains_that_start_from_nothing_lose_nothing_by_waiting_for_their_reader() -> None:
+    """Against the same problem without it, addresses included; such chains are grafted onto random graphs."""
+    moved = evicting = 0
+    for seed in range(150):
+        rng = random.Random(seed)
+        base = random_graph(rng, most=5)
+        operators, tensors = list(base.operators), list(base.tensors.values())
+        for k in range(rng.randint(1, 2)):
+            reader = rng.randrange(len(operators))
+            result, links = f"c{k}_0", rng.randint(1, 2)
+            tensors += [Tensor(f"c{k}_{i}", rng.randint(1, 4)) for i in range(links)]
+            chain = [Operator(f"chain{k}_0", "C", (f"p{k}",), (result,))]
+            tensors.append(Tensor(f"p{k}", rng.randint(1, 4), "parameter"))
+            for i in range(1, links):
+                chain.append(Operator(f"chain{k}_{i}", "C", (result,), (f"c{k}_{i}",)))
+                result = f"c{k}_{i}"
+            old = operators[reader]
+            operators[reader] = Operator(old.name, old.kind, (*old.inputs, result), old.outputs)
+            operators[:0] = chain
+        graph = Graph("late", operators, tensors, base.outputs)
+        parameters = rng.random() < 0.5
+        scratchpad, alignment = random_budget(graph, rng, parameters)
+        plain = build_problem(graph, parameters, alignment)
+        late = postpone(plain)
+        moved += bool(late.after)
+        assert sorted(late.operators) == list(plain.operators)
+        if scratchpad < bounds(graph, parameters=parameters, alignment=alignment).m_r:
+            continue
+        known, bound = schedule_evict_and_place(plain, scratchpad, Clock(60), workers=1)
+        assert known is not None
+        assert known.answer.cost == bound
+        ours = plan(graph, Accelerator(scratchpad, alignment=alignment), parameters=parameters)
+        assert (ours.non_compulsory_bytes, ours.status) == (bound, "optimal"), f"seed {seed}"
+        verify(graph, ours)
+        evicting += bound > 0
+    assert moved > 40
+    assert evicting > 15
 
 
 def test_both_ways_to_the_least_peak_agree_with_each_other_and_all_orders() -> None:

@@ -63,7 +63,7 @@ def finish(
             residencies.append(Residency(name, step[operator], step[operator] + 1, address))
     residencies = _without_idle_moves(residencies)
     residencies.sort(key=lambda r: (r.start, r.address, r.tensor))
-    names = tuple(graph.operators[o].name for o in order)
+    names = tuple(graph.operators[problem.operators[o]].name for o in order)
     ordered = tuple(residencies)
     transfers = transfers_of(graph, names, ordered)
     return Plan(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from retensor.graph.structure import Graph
 from retensor.planning.checks import check_alignment, check_graph, check_search
+from retensor.planning.late import postpone
 from retensor.planning.peak import Peak, least_peak
 from retensor.planning.plan import Accelerator
 from retensor.planning.problem import build_problem, minimum_required, split
@@ -88,7 +89,8 @@ def _bounds(
     graph: Graph, parameters: bool, alignment: int, clock: Clock, seed: int, progress: ProgressCallback | None
 ) -> Bounds:
     m_r, operator = minimum_required(graph, parameters, alignment)
-    parts = split(build_problem(graph, parameters, alignment))
+    problem = postpone(build_problem(graph, parameters, alignment))
+    parts = split(problem)
     order: list[int] = []
     peak = bound = 0
     known: dict[object, Peak] = {}
@@ -97,7 +99,7 @@ def _bounds(
         if key not in known:
             known[key] = least_peak(part.problem, clock, seed=seed)
         found = known[key]
-        order += [part.operators[o - part.shift] for o in found.order if o >= part.shift]
+        order += [problem.operators[part.operators[o - part.shift]] for o in found.order if o >= part.shift]
         peak, bound = max(peak, found.peak), max(bound, found.bound)
         if progress:
             progress(Progress("least peak", clock.seconds, peak * alignment, bound * alignment, done + 1, len(parts)))

@@ -13,6 +13,7 @@ from retensor.graph.structure import Graph
 from retensor.planning.assemble import finish, sequence_of
 from retensor.planning.bounds import resolve_scratchpad
 from retensor.planning.checks import check_accelerator, check_graph, check_search
+from retensor.planning.late import postpone
 from retensor.planning.plan import Accelerator, Plan
 from retensor.planning.problem import build_problem, check_feasible
 from retensor.planning.progress import Clock, ProgressCallback, stop_on_interrupt
@@ -83,6 +84,8 @@ def plan(
     if order is not None:
         names = [operator.name for operator in graph.operators] if order == "default" else list(order)
         fixed = sequence_of(graph, names)
+    else:
+        problem = postpone(problem)
     search = Search(problem, scratchpad, fixed, clock, seed, workers, progress)
     with stop_on_interrupt(clock):
         result = search.run()

@@ -71,6 +71,8 @@ class Problem:
     need : tuple of int
         Units that all tensors of an operator take together.
     alignment : int
+    after : tuple of (int, int)
+        Pairs of operators of which the second may be run after the first though it reads nothing of it.
     """
 
     operators: tuple[int, ...]
@@ -78,6 +80,7 @@ class Problem:
     transients: tuple[tuple[tuple[str, int], ...], ...]
     need: tuple[int, ...]
     alignment: int
+    after: tuple[tuple[int, int], ...] = ()
 
     @property
     def n(self) -> int:
@@ -95,8 +98,10 @@ class Problem:
 
     @cached_property
     def predecessors(self) -> tuple[tuple[int, ...], ...]:
-        """Operators whose output each operator reads."""
+        """Operators that each operator runs right after, if not after others: whose output it reads, mostly."""
         table: list[set[int]] = [set() for _ in range(self.n)]
+        for first, second in self.after:
+            table[second].add(first)
         for item in self.items:
             if item.producer >= 0:
                 for consumer in item.consumers:
@@ -105,7 +110,7 @@ class Problem:
 
     @cached_property
     def successors(self) -> tuple[tuple[int, ...], ...]:
-        """Operators that read each operator's output."""
+        """Operators that have each operator among their predecessors."""
         table: list[list[int]] = [[] for _ in range(self.n)]
         for operator, row in enumerate(self.predecessors):
             for predecessor in row:
@@ -144,6 +149,7 @@ class Problem:
             self.alignment,
             tuple((i.size, i.producer, i.consumers, i.spill) for i in self.items),
             tuple(tuple(size for _, size in row) for row in self.transients),
+            self.after,
         )
 
     def own(self, operator: int) -> int:
@@ -225,7 +231,8 @@ def restrict(problem: Problem, chosen: Sequence[int], entering: int | None = Non
         else:
             items.append(part)
     items.sort(key=lambda part: (part.users, part.size))
-    return Problem(tuple(operators), tuple(items), tuple(map(tuple, transients)), tuple(need), problem.alignment)
+    after = tuple(sorted((local[a], local[b]) for a, b in problem.after if a in local and b in local))
+    return Problem(tuple(operators), tuple(items), tuple(map(tuple, transients)), tuple(need), problem.alignment, after)
 
 
 def independent_parts(problem: Problem) -> list[list[int]]:
