@@ -8,7 +8,7 @@ from retensor.errors import PlanError
 from retensor.graph.structure import Graph
 from retensor.planning.plan import Accelerator, Plan, Residency, Transfer
 from retensor.planning.problem import Problem
-from retensor.planning.residency import Stay, steps_of
+from retensor.planning.residency import Stay, join_idle_moves, steps_of
 
 
 def sequence_of(graph: Graph, names: Sequence[str]) -> tuple[int, ...]:
@@ -54,6 +54,7 @@ def finish(
 ) -> Plan:
     """A :class:`Plan` in the graph's names, from what a search decided on the whole problem."""
     step = steps_of(order)
+    stays, addresses = join_idle_moves(stays, addresses)
     residencies = [
         Residency(problem.items[s.item].name, s.start, s.end, address)
         for s, address in zip(stays, addresses, strict=True)
@@ -61,7 +62,6 @@ def finish(
     for operator, row in enumerate(problem.transients):
         for (name, _), address in zip(row, transient_addresses[operator], strict=True):
             residencies.append(Residency(name, step[operator], step[operator] + 1, address))
-    residencies = _without_idle_moves(residencies)
     residencies.sort(key=lambda r: (r.start, r.address, r.tensor))
     names = tuple(graph.operators[problem.operators[o]].name for o in order)
     ordered = tuple(residencies)
@@ -81,18 +81,6 @@ def finish(
         fixed_order=fixed_order,
         graph_options=dict(graph.options),
     )
-
-
-def _without_idle_moves(residencies: list[Residency]) -> list[Residency]:
-    """Join what leaves and comes back at once to the address it had."""
-    kept: list[Residency] = []
-    for residency in sorted(residencies, key=lambda r: (r.tensor, r.start)):
-        last = kept[-1] if kept else None
-        if last and (last.tensor, last.end, last.address) == (residency.tensor, residency.start, residency.address):
-            kept[-1] = Residency(last.tensor, last.start, residency.end, last.address)
-        else:
-            kept.append(residency)
-    return kept
 
 
 def transfers_of(graph: Graph, order: tuple[str, ...], residencies: tuple[Residency, ...]) -> tuple[Transfer, ...]:

@@ -37,7 +37,7 @@ from retensor.planning.checks import check_accelerator, check_graph
 from retensor.planning.plan import Accelerator, Plan
 from retensor.planning.problem import Problem, build_problem, check_feasible
 from retensor.planning.progress import Clock
-from retensor.planning.residency import Stay, steps_of, traffic
+from retensor.planning.residency import Stay, join_idle_moves, steps_of, traffic
 
 Schedule = Literal["default", "mpmf"]
 Replacement = Literal["belady", "greedy"]
@@ -357,7 +357,7 @@ def _step_by_step(
         for item in own:
             if uses[item][-1] == step:
                 leave(item, step + 1)
-    return Held(tuple(stays), tuple(addresses), tuple(transient_addresses))
+    return Held(*join_idle_moves(stays, addresses), tuple(transient_addresses))
 
 
 def _make_room(

@@ -123,6 +123,8 @@ class _Frontier:
                 self._run(state, operator, (), following)
                 return
         for operator in bits(state.ready):
+            if self.clock.left <= 0:
+                return
             own = self.touch[operator]
             arriving = self.own[operator]
             for i in bits(own & ~state.inside):

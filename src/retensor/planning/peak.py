@@ -43,7 +43,7 @@ def least_peak(problem: Problem, clock: Clock, *, seed: int = 0, workers: int | 
     found = _explore(problem, clock)
     if isinstance(found, Peak):
         return found
-    greedy = _greedy(problem)
+    greedy = _greedy(problem, clock)
     if greedy.peak <= found or clock.left <= 0 or problem.n > MODEL_LIMIT:
         return Peak(greedy.order, greedy.peak, min(found, greedy.peak))
     return _cumulative(problem, greedy, found, clock, seed, workers)
@@ -150,14 +150,14 @@ def _walk_back(origin: dict[int, tuple[int, tuple[int, ...]]], done: int) -> tup
     return tuple(reversed(order))
 
 
-def _greedy(problem: Problem) -> Peak:
-    """The better of the program order and of always running the operator that leaves least behind."""
+def _greedy(problem: Problem, clock: Clock) -> Peak:
+    """The better of the program order and, in time, of always running the operator that leaves least behind."""
     state = _State(problem)
     waiting = [len(row) for row in problem.predecessors]
     ready = {operator for operator in range(problem.n) if not waiting[operator]}
     done, live = 0, 0
     order: list[int] = []
-    while ready:
+    while ready and clock.left > 0:
         operator = min(ready, key=lambda o: (*reversed(state.after(done, live, o)), o))
         ready.remove(operator)
         live = state.after(done, live, operator)[1]
@@ -167,7 +167,7 @@ def _greedy(problem: Problem) -> Peak:
             waiting[successor] -= 1
             if not waiting[successor]:
                 ready.add(successor)
-    schedules = (tuple(range(problem.n)), tuple(order))
+    schedules = [tuple(range(problem.n))] + ([tuple(order)] if len(order) == problem.n else [])
     best = min(schedules, key=lambda schedule: peak_of(problem, schedule))
     return Peak(best, peak_of(problem, best), max(problem.need))
 

@@ -231,6 +231,9 @@ def restrict(problem: Problem, chosen: Sequence[int], entering: int | None = Non
         else:
             items.append(part)
     items.sort(key=lambda part: (part.users, part.size))
+    if entering is not None:
+        # The pseudo operator stands for the one that made what enters.
+        local[problem.items[entering].producer] = 0
     after = tuple(sorted((local[a], local[b]) for a, b in problem.after if a in local and b in local))
     return Problem(tuple(operators), tuple(items), tuple(map(tuple, transients)), tuple(need), problem.alignment, after)
 

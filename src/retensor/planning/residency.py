@@ -17,6 +17,7 @@ Three models, all solved by CP-SAT, the first two with capacity as a sum of byte
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,18 @@ def traffic(problem: Problem, stays: Iterable[Stay]) -> int:
     return sum(items[i].size * (count - 1) + items[i].spill for i, count in counts.items() if count > 1)
 
 
+def join_idle_moves(stays: Sequence[Stay], addresses: Sequence[int]) -> tuple[tuple[Stay, ...], tuple[int, ...]]:
+    """Make one stay of two where an item leaves and comes back at once to the address it had."""
+    kept: list[tuple[Stay, int]] = []
+    for stay, address in sorted(zip(stays, addresses, strict=True), key=lambda pair: (pair[0].item, pair[0].start)):
+        last, there = kept[-1] if kept else (None, -1)
+        if last and (last.item, last.end, there) == (stay.item, stay.start, address):
+            kept[-1] = Stay(last.item, last.start, stay.end), address
+        else:
+            kept.append((stay, address))
+    return tuple(stay for stay, _ in kept), tuple(address for _, address in kept)
+
+
 def answer_from_evictions(
     problem: Problem, order: tuple[int, ...], evicted: set[tuple[int, int]], bound: int
 ) -> Answer:
@@ -130,9 +143,12 @@ def keep_or_evict(
     cost: list[cp_model.LinearExprT] = []
     spilled: dict[int, cp_model.IntVar] = {}
     for i, here, there in wide:
-        inside = [s for s in crowded if here < s < there]
+        inside = crowded[bisect_right(crowded, here) : bisect_left(crowded, there)]
         if not inside:
             continue
+        if clock.left <= 0:
+            # Not even time for the model: all that may be in the way leaves.
+            return answer_from_evictions(problem, order, {(k, start) for k, start, _ in wide}, 0)
         item = problem.items[i]
         out = evict[i, here] = model.new_bool_var("")
         for s in inside:
@@ -145,7 +161,8 @@ def keep_or_evict(
             model.add_implication(out, spilled[i])
     for s in crowded:
         present = held[s] + sum(room for room, _ in over[s])
-        model.add(sum(room * out for room, out in over[s]) >= present - capacity)
+        rooms, outs = zip(*over[s], strict=True)
+        model.add(cp_model.LinearExpr.weighted_sum(outs, rooms) >= present - capacity)
     model.minimize(sum(cost))
     solver, outcome = minimise(model, clock, seed=seed, workers=workers, tell=tell)
     if not outcome.solved:

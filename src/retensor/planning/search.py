@@ -43,6 +43,8 @@ LARGEST_FRONTIER = 2_000_000
 """States that a frontier search may keep in all its layers: some hundred bytes each."""
 LARGEST_MODEL = 400
 """Operators of a part beyond which CP-SAT's model with a free order finds nothing in any reasonable time."""
+QUICK = 200_000
+"""Operators times most tensors of one, up to which the simplest baselines run even when there is no time left."""
 EVICTIONS_SHARE = 0.7
 """Part of the time for order and evictions; the rest is for addresses."""
 
@@ -115,7 +117,7 @@ class Search:
             for key, problem in problems.items():
                 answers[key] = self._without_search(problem)
             for done, (key, problem) in enumerate(problems.items()):
-                answers[key] = self._first(problem, clock.share(0.5))
+                answers[key] = self._first(problem, answers[key], clock.share(0.5))
                 self._tell("first evictions", answers, parts, done + 1, len(problems))
             open_keys = [key for key in problems if not answers[key].proved]
             for done, key in enumerate(open_keys):
@@ -142,9 +144,9 @@ class Search:
         stays = tuple(evict_by_bytes(problem, order, self.capacity, "belady"))
         return Answer(order, stays, traffic(problem, stays), 0)
 
-    def _first(self, problem: Problem, clock: Clock) -> Answer:
+    def _first(self, problem: Problem, known: Answer, clock: Clock) -> Answer:
         if self.fixed is not None:
-            return self._evict(problem, self.fixed, clock)
+            return min(self._evict(problem, self.fixed, clock), known, key=lambda answer: answer.cost)
         low = least_peak(problem, clock.share(0.4), seed=self.seed, workers=self.workers)
         if low.peak <= self.capacity:
             return answer_from_evictions(problem, low.order, set(), 0)
@@ -152,9 +154,8 @@ class Search:
         if problem.is_chain:
             return best
         program = tuple(range(problem.n))
-        if low.order != program:
-            other = self._evict(problem, program, clock)
-            best = min(best, other, key=lambda answer: answer.cost)
+        others = [known] if low.order == program or clock.left <= 0 else [known, self._evict(problem, program, clock)]
+        best = min(best, *others, key=lambda answer: answer.cost)
         # What was proved of one order says nothing of the others.
         return replace(best, bound=min(best.cost, self._least_evictions(problem, low.bound - self.capacity)))
 
@@ -305,11 +306,14 @@ class Search:
             order, stays = join(problem, self.solved)
             runs.append((order, follow(problem, order, stays, self.scratchpad)))
             orders.append(order)
+        quick = problem.n * max(map(len, problem.touched)) <= QUICK
         policies: tuple[Replacement, ...] = ("belady", "greedy")
         placements: tuple[Placement, ...] = ("online", "arena")
         for order, placement, policy in product(dict.fromkeys(orders), placements, policies):
-            if runs and self.clock.left <= 0:
-                break
+            # Placing as the steps come is quick, and no plan should be worse than the simplest baseline.
+            due = placement == "online" and order == orders[0] and quick
+            if runs and self.clock.left <= 0 and not due:
+                continue
             runs.append((order, simulate(problem, order, self.scratchpad, policy, placement)))
         order, held = min(runs, key=lambda run: traffic(problem, run[1].stays))
         return Layout(order, held.stays, held.addresses, held.transient_addresses)
