@@ -172,6 +172,29 @@ def test_chains_that_start_from_nothing_lose_nothing_by_waiting_for_their_reader
     assert evicting > 15
 
 
+def test_a_chain_that_waits_behind_a_cut_stays_behind_the_operator_that_the_cut_is_at() -> None:
+    """Its reader's other predecessor made what crosses the cut: in the later part a pseudo operator stands for it."""
+    tensors = [Tensor("s", 4), Tensor("d", 4), Tensor("n", 0), Tensor("b", 1), Tensor("y", 1), Tensor("z", 7)]
+    operators = [
+        Operator("bias", "B", (), ("n",)),
+        Operator("scale", "B", ("n",), ("b",)),
+        Operator("start", "A", (), ("s",)),
+        Operator("deep", "C", ("s",), ("d",)),
+        Operator("add", "D", ("d", "b"), ("y",)),
+        Operator("other", "E", ("d",), ("z",)),
+    ]
+    graph = Graph("behind", operators, tensors, ["y", "z"])
+    late = postpone(build_problem(graph, False, 1))
+    parts = split(late)
+    assert [len(part.operators) for part in parts] == [1, 1, 4]
+    behind = parts[-1].problem
+    assert all(behind.ancestors[operator] & 1 for operator in range(1, behind.n))
+    for budget in ("M_R", "M_P"):
+        made = plan(graph, Accelerator(budget))
+        assert made.status == "optimal"
+        verify(graph, made)
+
+
 def test_both_ways_to_the_least_peak_agree_with_each_other_and_all_orders() -> None:
     for seed in range(150):
         graph = random_graph(random.Random(seed))
