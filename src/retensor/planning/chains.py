@@ -45,35 +45,25 @@ def glue(problem: Problem) -> list[tuple[int, int]]:
     return pairs
 
 
-def _reads(problem: Problem, operator: int) -> list[int]:
-    return [i for i in problem.touched[operator] if problem.items[i].producer != operator]
-
-
-def _makes(problem: Problem, operator: int) -> list[int]:
-    return [i for i in problem.touched[operator] if problem.items[i].producer == operator]
-
-
 def _peak(problem: Problem, chain: list[int]) -> int:
     return max(problem.need[operator] for operator in chain)
 
 
 def _is_path(problem: Problem, chain: list[int]) -> bool:
     """Whether inside the chain each operator reads just what the one before makes, and makes just that."""
-    return all(
-        _makes(problem, a) == _reads(problem, b) and len(_makes(problem, a)) == 1 for a, b in itertools.pairwise(chain)
-    )
+    return all(problem.made[a] == problem.read[b] and len(problem.made[a]) == 1 for a, b in itertools.pairwise(chain))
 
 
 def _pull(problem: Problem, x: int, first: list[int], second: list[int]) -> bool:
     u, v = first[-1], second[0]
     items = problem.items
-    made = _makes(problem, second[-1])
-    if _reads(problem, v) != [x] or not _is_path(problem, second) or _makes(problem, u) != [x]:
+    made = problem.made[second[-1]]
+    if problem.read[v] != (x,) or not _is_path(problem, second) or problem.made[u] != (x,):
         return False
     if sum(items[i].room for i in made) > items[x].room or sum(items[i].size for i in made) > items[x].size:
         return False
     gone = problem.own(u)
-    for i in _reads(problem, u):
+    for i in problem.read[u]:
         others = sum(1 << user for user in items[i].users if user != u)
         if not others & ~problem.ancestors[u]:
             gone += items[i].room
@@ -83,12 +73,12 @@ def _pull(problem: Problem, x: int, first: list[int], second: list[int]) -> bool
 def _push(problem: Problem, x: int, first: list[int], second: list[int]) -> bool:
     u, v = first[0], second[0]
     items = problem.items
-    read = _reads(problem, u)
-    if _makes(problem, first[-1]) != [x] or not _is_path(problem, first):
+    read = problem.read[u]
+    if problem.made[first[-1]] != (x,) or not _is_path(problem, first):
         return False
     if any(items[i].consumers != (u,) for i in read):
         return False
     if sum(items[i].room for i in read) > items[x].room or sum(items[i].size for i in read) > items[x].size:
         return False
-    added = problem.own(v) + sum(items[i].room for i in _makes(problem, v))
+    added = problem.own(v) + sum(items[i].room for i in problem.made[v])
     return _peak(problem, first) - items[x].room <= added

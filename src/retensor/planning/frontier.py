@@ -80,7 +80,6 @@ class _Frontier:
         self.users = [sum(1 << user for user in item.users) for item in items]
         self.own = [problem.own(operator) for operator in range(problem.n)]
         self.touch = [sum(1 << i for i in row) for row in problem.touched]
-        self.made = [[i for i in row if items[i].producer == operator] for operator, row in enumerate(problem.touched)]
         self.lost: int | None = None
         """Least cost of what was dropped for want of width."""
 

@@ -46,8 +46,7 @@ def postpone(problem: Problem) -> Problem:
 
 def _chains(problem: Problem) -> list[tuple[list[int], int]]:
     """Chains that start from nothing, each with the operator that reads its result."""
-    made = [[i for i in row if problem.items[i].producer == o] for o, row in enumerate(problem.touched)]
-    read = [[i for i in row if problem.items[i].producer != o] for o, row in enumerate(problem.touched)]
+    made, read = problem.made, problem.read
     found = []
     for first in range(problem.n):
         if read[first]:
@@ -58,7 +57,7 @@ def _chains(problem: Problem) -> list[tuple[list[int], int]]:
             if len(problem.items[result].consumers) != 1:
                 break
             reader = problem.items[result].consumers[0]
-            if read[reader] == [result] and len(made[reader]) == 1:
+            if read[reader] == (result,) and len(made[reader]) == 1:
                 chain.append(reader)
                 inside += [problem.items[result].size, *(size for _, size in problem.transients[reader])]
                 continue

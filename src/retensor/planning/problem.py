@@ -97,6 +97,16 @@ class Problem:
         return tuple(tuple(row) for row in table)
 
     @cached_property
+    def made(self) -> tuple[tuple[int, ...], ...]:
+        """Items that each operator makes."""
+        return tuple(tuple(i for i in row if self.items[i].producer == o) for o, row in enumerate(self.touched))
+
+    @cached_property
+    def read(self) -> tuple[tuple[int, ...], ...]:
+        """Items that each operator reads."""
+        return tuple(tuple(i for i in row if self.items[i].producer != o) for o, row in enumerate(self.touched))
+
+    @cached_property
     def predecessors(self) -> tuple[tuple[int, ...], ...]:
         """Operators that each operator runs right after, if not after others: whose output it reads, mostly."""
         table: list[set[int]] = [set() for _ in range(self.n)]

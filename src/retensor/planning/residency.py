@@ -427,8 +427,8 @@ def schedule_evict_and_place(
     if bound:
         model.add(objective >= bound)
     model.minimize(objective)
-    if hint is not None:
-        _hint(model, problem, position, segments, hint) if order is None else None
+    if hint is not None and order is None:
+        _hint(model, problem, position, segments, hint)
     solver, outcome = minimise(model, clock, seed=seed, workers=workers, tell=tell)
     proved = max(bound, outcome.bound)
     if not outcome.solved:

@@ -112,25 +112,23 @@ class Search:
         clock = self.clock.share(EVICTIONS_SHARE)
         answers: dict[object, Answer] = {}
         problems = {part.problem.shape_key: part.problem for part in parts}
-        try:
-            # What is not reached keeps an answer that needs no search.
-            for key, problem in problems.items():
-                answers[key] = self._without_search(problem)
-            for done, (key, problem) in enumerate(problems.items()):
-                answers[key] = self._first(problem, answers[key], clock.share(0.5))
-                self._tell("first evictions", answers, parts, done + 1, len(problems))
-            open_keys = [key for key in problems if not answers[key].proved]
-            for done, key in enumerate(open_keys):
-                share = clock.share(1 / (len(open_keys) - done))
+        # What is not reached keeps an answer that needs no search.
+        for key, problem in problems.items():
+            answers[key] = self._without_search(problem)
+        for done, (key, problem) in enumerate(problems.items()):
+            answers[key] = self._first(problem, answers[key], clock.share(0.5))
+            self._tell("first evictions", answers, parts, done + 1, len(problems))
+        open_keys = [key for key in problems if not answers[key].proved]
+        for done, key in enumerate(open_keys):
+            share = clock.share(1 / (len(open_keys) - done))
 
-                def keep(answer: Answer, key: object = key, done: int = done) -> None:
-                    answers[key] = answer
-                    self._tell("evictions", answers, parts, done, len(open_keys))
+            def keep(answer: Answer, key: object = key, done: int = done) -> None:
+                answers[key] = answer
+                self._tell("evictions", answers, parts, done, len(open_keys))
 
-                self._improve(problems[key], answers[key], share, keep)
-                self._tell("evictions", answers, parts, done + 1, len(open_keys))
-        finally:
-            self.solved = [Solved(part, answers[part.problem.shape_key]) for part in parts if answers]
+            self._improve(problems[key], answers[key], share, keep)
+            self._tell("evictions", answers, parts, done + 1, len(open_keys))
+        self.solved = [Solved(part, answers[part.problem.shape_key]) for part in parts]
 
     def _parts(self) -> list[Part]:
         if self.fixed is None:
@@ -189,12 +187,11 @@ class Search:
                 def tell(cost: int, bound: int, best: Answer = best) -> None:
                     keep(replace(best, cost=min(cost, best.cost), bound=max(bound, best.bound)))
 
-                found = schedule_and_evict(
+                best = schedule_and_evict(
                     problem, self.capacity, clock, best, bound=best.bound, glued=glue(problem), seed=self.seed,
                     workers=self.workers, time_limit=clock.left if last else clock.left / 2,
                     tell=tell if self.progress else None,
                 )  # fmt: skip
-                best = found
                 keep(best)
             if last:
                 return
