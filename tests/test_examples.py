@@ -13,6 +13,7 @@ PROMISES = {
     "plan_a_torchvision_model.py": ("at M_H:", ()),
     "plan_any_graph.py": ("bytes spilled and retrieved, optimal", ("graph.json",)),
     "compare_budgets.py": ("mpmf, greedy:", ()),
+    "cost_of_a_model.py": ("multiply-accumulates", ("cost.svg",)),
     "run_and_check.py": ("outputs equal in every bit", ()),
 }
 
