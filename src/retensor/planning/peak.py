@@ -1,16 +1,14 @@
 """The least peak footprint over all schedules (``M_P``), and a schedule that reaches it.
 
-A search over sets of operators already run: the cheapest way to a set is the order whose largest step
-is least, so the states are explored by that peak, like Dijkstra's shortest paths with *max* in place
-of *plus*. An operator that fits under the peak reached so far and leaves no more bytes behind than it
-found is run at once: in any completion it can be moved to the front, where every step in between holds
-what the operator leaves instead of what it consumed, so no step grows. If the sets are too many, CP-SAT
-minimises the height of a cumulative profile instead, from a greedy schedule and the bound reached.
+Two climbers (:mod:`.valleys`) run operators from valley to valley, one from the first operator on, one from the last
+one back, each as far as it comes with few sets looked at, then with more, until they meet: that proves the optimum.
+Where they do not, CP-SAT minimises the height of a cumulative profile for the operators between them, from a greedy
+schedule and the bound reached.
 """
 
 from __future__ import annotations
 
-import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ortools.sat.python import cp_model
@@ -18,9 +16,12 @@ from ortools.sat.python import cp_model
 from retensor.planning.problem import Problem, bits
 from retensor.planning.progress import Clock
 from retensor.planning.solver import minimise
+from retensor.planning.valleys import Climber, Footprint, raise_bound
 
-STATE_LIMIT = 60_000
-"""Sets looked at before CP-SAT takes over; the queue may hold ten times as many."""
+SET_LIMITS = (1_000, 10_000, 100_000)
+"""Sets looked at in one climb, in turn from the front and from the back, before CP-SAT takes over."""
+CUTS = 50
+"""Operators whose least footprint is bounded by a minimum cut between two attempts: those that need most."""
 MODEL_LIMIT = 400
 """Operators beyond which CP-SAT's model is not worth building."""
 
@@ -34,24 +35,55 @@ class Peak:
     bound: int
 
 
-def least_peak(problem: Problem, clock: Clock, *, seed: int = 0, workers: int | None = None) -> Peak:
-    """The schedule of least peak; proved where ``peak == bound``."""
+def least_peak(problem: Problem, clock: Clock, *, seed: int = 0, workers: int | None = None, enough: int = 0) -> Peak:
+    """The schedule of least peak; proved where ``peak == bound``.
+
+    Parameters
+    ----------
+    problem : Problem
+    clock : Clock
+    seed : int
+    workers : int, optional
+        Threads of CP-SAT; by default as many as cores.
+    enough : int
+        Units below which no schedule need be told from another: a peak of at most ``enough`` is as good as the least.
+        What is proved then is that the peak is at most ``enough``, or that it is the least.
+
+    Examples
+    --------
+    >>> from retensor.graph import Graph, Operator, Tensor
+    >>> from retensor.planning.problem import build_problem
+    >>> graph = Graph("two", [Operator("f", "f", ("x",), ("y",)), Operator("g", "g", ("y",), ("z",))],
+    ...               [Tensor("x", 4, "input"), Tensor("y", 2), Tensor("z", 3)], ["z"])
+    >>> least_peak(build_problem(graph, parameters=False, alignment=1), Clock(1.0))
+    Peak(order=(0, 1), peak=6, bound=6)
+    """
     if problem.is_chain:
         order = tuple(range(problem.n))
         peak = peak_of(problem, order)
         return Peak(order, peak, peak)
-    found = _explore(problem, clock)
-    if isinstance(found, Peak):
-        return found
-    greedy = _greedy(problem, clock)
-    if greedy.peak <= found or clock.left <= 0 or problem.n > MODEL_LIMIT:
-        return Peak(greedy.order, greedy.peak, min(found, greedy.peak))
-    return _cumulative(problem, greedy, found, clock, seed, workers)
+    least = max(problem.need)
+    bound = max(least, enough)
+    everything = (1 << problem.n) - 1
+    front, back = Climber(problem), Climber(problem, backwards=True)
+    for attempt, sets in enumerate(SET_LIMITS):
+        if attempt:
+            bound = raise_bound(problem, front.done, back.done, bound, CUTS, clock)
+        for climber, other in ((front, back), (back, front)):
+            bound = climber.climb(everything & ~other.done, bound, sets, clock)
+            if front.done | back.done == everything:
+                order = (*front.order, *reversed(back.order))
+                return Peak(order, peak_of(problem, order), bound if bound > enough else least)
+    greedy = _greedy(problem, clock, front.order, back.order[::-1])
+    if greedy.peak > bound and clock.left > 0 and problem.n - len(front.order) - len(back.order) <= MODEL_LIMIT:
+        greedy = _cumulative(problem, greedy, bound, clock, seed, workers, front.order, back.order[::-1])
+        bound = greedy.bound
+    return Peak(greedy.order, greedy.peak, min(bound, greedy.peak) if bound > enough else least)
 
 
 def peak_of(problem: Problem, order: tuple[int, ...]) -> int:
     """Largest number of units alive at once when nothing is ever evicted."""
-    state = _State(problem)
+    state = Footprint(problem)
     done, live, peak = 0, 0, 0
     for operator in order:
         step, live = state.after(done, live, operator)
@@ -60,121 +92,47 @@ def peak_of(problem: Problem, order: tuple[int, ...]) -> int:
     return peak
 
 
-class _State:
-    """Live bytes as operators run; everything is a bit mask over operators."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.own = [problem.own(operator) for operator in range(problem.n)]
-        masks = [sum(1 << user for user in item.users) for item in problem.items]
-        self.items = [
-            [
-                (
-                    problem.items[i].room,
-                    masks[i],
-                    problem.items[i].producer == operator or problem.items[i].producer < 0,
-                )
-                for i in problem.touched[operator]
-            ]
-            for operator in range(problem.n)
-        ]
-
-    def after(self, done: int, live: int, operator: int) -> tuple[int, int]:
-        """The step's footprint and the live units after it, from ``live`` units before it."""
-        bit = 1 << operator
-        arriving = leaving = 0
-        for room, users, can_arrive in self.items[operator]:
-            # What comes from outside arrives with its first user; what is made, with its producer.
-            if can_arrive and not users & done:
-                arriving += room
-            if not users & ~(done | bit):
-                leaving += room
-        step = live + arriving + self.own[operator]
-        return step, live + arriving - leaving
-
-
-def _explore(problem: Problem, clock: Clock) -> Peak | int:
-    """The optimum, or a lower bound where the sets are too many."""
-    state = _State(problem)
-    before = problem.ancestors
-    full = (1 << problem.n) - 1
-    ready = 0
-    for operator in range(problem.n):
-        if not before[operator]:
-            ready |= 1 << operator
-    start = max(problem.need)
-    # peak so far, minus operators run (deeper first), done, live, ready
-    queue: list[tuple[int, int, int, int, int]] = [(start, 0, 0, 0, ready)]
-    origin: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}
-    best: dict[int, int] = {0: start}
-    settled: set[int] = set()
-    while queue:
-        peak, depth, done, live, ready = heapq.heappop(queue)
-        if done in settled:
-            continue
-        settled.add(done)
-        if done == full:
-            return Peak(_walk_back(origin, full), peak, peak)
-        if len(settled) > STATE_LIMIT or len(queue) > 10 * STATE_LIMIT or clock.left <= 0:
-            return peak
-        free = _ready_free(state, done, live, ready, peak)
-        candidates = [free] if free is not None else bits(ready)
-        for operator in candidates:
-            step, next_live = state.after(done, live, operator)
-            next_done = done | 1 << operator
-            next_peak = max(peak, step)
-            if best.get(next_done, next_peak + 1) <= next_peak:
-                continue
-            best[next_done] = next_peak
-            origin[next_done] = (done, (operator,))
-            next_ready = ready & ~(1 << operator)
-            for successor in problem.successors[operator]:
-                if not before[successor] & ~next_done:
-                    next_ready |= 1 << successor
-            heapq.heappush(queue, (next_peak, depth - 1, next_done, next_live, next_ready))
-    raise AssertionError("every acyclic graph has a schedule")
-
-
-def _ready_free(state: _State, done: int, live: int, ready: int, peak: int) -> int | None:
-    for operator in bits(ready):
-        step, next_live = state.after(done, live, operator)
-        if step <= peak and next_live <= live:
-            return operator
-    return None
-
-
-def _walk_back(origin: dict[int, tuple[int, tuple[int, ...]]], done: int) -> tuple[int, ...]:
+def _greedy(problem: Problem, clock: Clock, front: Sequence[int] = (), back: Sequence[int] = ()) -> Peak:
+    """The best of three: the program's order and two that begin and end as given, with in between the operators in the
+    program's order or, in time, always the one that leaves least behind."""
+    footprint = Footprint(problem)
+    done = live = 0
+    ready = sum(1 << operator for operator in range(problem.n) if not footprint.before[operator])
     order: list[int] = []
-    while done:
-        done, operators = origin[done]
-        order += reversed(operators)
-    return tuple(reversed(order))
-
-
-def _greedy(problem: Problem, clock: Clock) -> Peak:
-    """The better of the program order and, in time, of always running the operator that leaves least behind."""
-    state = _State(problem)
-    waiting = [len(row) for row in problem.predecessors]
-    ready = {operator for operator in range(problem.n) if not waiting[operator]}
-    done, live = 0, 0
-    order: list[int] = []
-    while ready and clock.left > 0:
-        operator = min(ready, key=lambda o: (*reversed(state.after(done, live, o)), o))
-        ready.remove(operator)
-        live = state.after(done, live, operator)[1]
+    last = set(back)
+    while len(order) < problem.n - len(back) and clock.left > 0:
+        if len(order) < len(front):
+            operator = front[len(order)]
+        else:
+            able = (o for o in bits(ready) if o not in last)
+            operator = min(able, key=lambda o: (*reversed(footprint.after(done, live, o)), o))
+        live = footprint.after(done, live, operator)[1]
         done |= 1 << operator
+        ready = footprint.ready_after(done, ready, operator)
         order.append(operator)
-        for successor in problem.successors[operator]:
-            waiting[successor] -= 1
-            if not waiting[successor]:
-                ready.add(successor)
-    schedules = [tuple(range(problem.n))] + ([tuple(order)] if len(order) == problem.n else [])
+    ends = {*front, *back}
+    schedules = [tuple(range(problem.n)), (*front, *(o for o in range(problem.n) if o not in ends), *back)]
+    if len(order) + len(back) == problem.n:
+        schedules.append((*order, *back))
     best = min(schedules, key=lambda schedule: peak_of(problem, schedule))
     return Peak(best, peak_of(problem, best), max(problem.need))
 
 
-def _cumulative(problem: Problem, greedy: Peak, bound: int, clock: Clock, seed: int, workers: int | None) -> Peak:
+def _cumulative(
+    problem: Problem,
+    greedy: Peak,
+    bound: int,
+    clock: Clock,
+    seed: int,
+    workers: int | None,
+    front: Sequence[int] = (),
+    back: Sequence[int] = (),
+) -> Peak:
+    """The least peak of schedules that begin with ``front`` and end with ``back``, as far as CP-SAT gets in time."""
     model = cp_model.CpModel()
     position = add_positions(model, problem)
+    for step, operator in [*enumerate(front), *enumerate(back, problem.n - len(back))]:
+        model.add(position[operator] == step)
     peak = model.new_int_var(bound, greedy.peak, "peak")
     intervals, demands = [], []
     for operator in range(problem.n):
