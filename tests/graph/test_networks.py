@@ -46,6 +46,18 @@ PAPER = {
 }
 
 
+# The same of the searched networks, at 224 pixels.
+SEARCHED = {
+    # padding of the stem's activation for a 5 x 5, and for a 7 x 7 convolution of stride 2
+    "PNASNet-5": (954, 96 * (111 * 111 + 115 * 115)),
+    "NASNet-A": (1264, 96 * (111 * 111 + 117 * 117)),
+    # the first cell's squeeze to 128 channels before it reduces
+    "AmoebaNet-D": (1045, 2 * 128 * 112 * 112),
+    # the stem
+    "DARTS": (708, 2 * 24 * 112 * 112),
+}
+
+
 def minimum_memory(graph: Graph) -> int:
     return max(
         sum(graph.tensors[name].nbytes for name in graph.operator_tensors(operator, parameters=False))
@@ -68,6 +80,23 @@ def test_a_paper_network_has_its_operators_and_minimum_memory(paper_network):
     operators, elements = PAPER[name]
     assert len(graph.operators) == operators
     assert minimum_memory(graph) == elements
+
+
+def test_the_four_searched_networks_are_named():
+    assert set(networks.SEARCHED_NETWORKS) == set(SEARCHED)
+    assert set(networks.SEARCHED_NETWORKS.values()) <= set(networks.names())
+    assert not set(networks.SEARCHED_NETWORKS) & set(networks.PAPER_NETWORKS)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "DARTS")) for n in SEARCHED])
+def test_a_searched_network_has_its_operators_and_minimum_memory_at_224_pixels(name):
+    graph = load_torch(name, dtype="int8", fuse=False)
+    operators, elements = SEARCHED[name]
+    assert len(graph.operators) == operators
+    assert minimum_memory(graph) == elements
+    assert graph.options["inputs"] == {"x": [1, 3, 224, 224]}
+    for operator in graph.operators:
+        assert not any(word in operator.kind for word in VIEW_WORDS), operator.kind
 
 
 def test_a_paper_network_has_no_view_among_its_operators(paper_network):
@@ -106,6 +135,10 @@ def test_merging_a_paper_network_keeps_its_outputs_and_needs_no_more_memory(pape
         ("torch:transformer", "Transformer", 44_140_544),
         ("ViT", "VisionTransformer", 86_567_656),
         ("R(2+1)D-18", "VideoResNet", 31_505_325),
+        ("PNASNet-5", "PNASNet5Large", 86_057_668),
+        ("NASNet-A", "NASNetALarge", 88_753_150),
+        ("AmoebaNet-D", "AmoebaNetD", 122_470_120),
+        ("torch:darts", "DARTS", 4_718_752),
     ],
 )
 def test_a_network_is_the_published_one(name, module, parameters):
@@ -125,6 +158,11 @@ def test_a_network_is_the_published_one(name, module, parameters):
         ("timm:efficientnet_b1", "timm:efficientnet_b1", {"x": (1, 3, 224, 224)}),
         ("timm:mixer_s32_224", "timm:mixer_s32_224", {"x": (1, 3, 224, 224)}),
         ("timm:test_vit", "timm:test_vit", {"x": (1, 3, 160, 160)}),
+        ("PNASNet-5", "timm:pnasnet5large", {"x": (1, 3, 224, 224)}),
+        ("timm:pnasnet5large", "timm:pnasnet5large", {"x": (1, 3, 331, 331)}),
+        ("DARTS", "torch:darts", {"x": (1, 3, 224, 224)}),
+        ("torch:darts", "torch:darts", {"x": (1, 3, 224, 224)}),
+        ("AmoebaNet-D", "torch:amoebanet_d", {"x": (1, 3, 224, 224)}),
         ("torch:transformer", "torch:transformer", {"src": (128, 1, 512), "tgt": (128, 1, 512)}),
     ],
 )
@@ -148,6 +186,7 @@ def test_inputs_are_given_by_argument_name_and_the_others_keep_their_default():
         "tgt": (10, 1, 512),
     }
     # The only input answers to "x" under any name.
+    assert networks.build("DARTS", {"x": (2, 3, 96, 96)}).arguments["x"].shape == (2, 3, 96, 96)
     assert networks.build("alexnet", {"x": (2, 3, 96, 96)}).arguments["x"].shape == (2, 3, 96, 96)
     assert networks.module_shapes(torch.nn.ReLU(), {"x": [3]}, None) == {"input": (3,)}
 
@@ -178,6 +217,7 @@ def test_building_reaches_for_no_network(monkeypatch):
         ("torchvision:densnet121", "torchvision:densenet121"),
         ("timm:vit_tiny_patch16_24", "timm:vit_tiny_patch16_224"),
         ("torch:transfomer", "torch:transformer"),
+        ("torch:amoebanet", "torch:amoebanet_d"),
         ("RESNET50", "torchvision:resnet50"),
     ],
 )

@@ -1,8 +1,9 @@
-"""Networks by name, built with random weights and without the network: torchvision, timm and ``torch:transformer``.
+"""Networks by name, built with random weights and without the network: torchvision, timm and three of our own.
 
-A name is ``torchvision:resnet50``, ``timm:vit_tiny_patch16_224``, ``torch:transformer``, one of the names of
-:data:`PAPER_NETWORKS` (``ResNet-50``), or bare, which is looked for in torchvision and then in timm. Each network
-comes with the input size it was made for; planning needs sizes only, so no weights are ever downloaded.
+A name is ``torchvision:resnet50``, ``timm:vit_tiny_patch16_224``, one of ``torch:transformer``, ``torch:darts`` and
+``torch:amoebanet_d``, one of the names of :data:`PAPER_NETWORKS` (``ResNet-50``) or :data:`SEARCHED_NETWORKS`
+(``PNASNet-5``), or bare, which is looked for in torchvision and then in timm. Each network comes with the input size
+it was made for; planning needs sizes only, so no weights are ever downloaded.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
 from retensor.errors import GraphError, MissingExtraError
+from retensor.graph import searched
 from retensor.graph.structure import LARGEST_TENSOR
 
 if TYPE_CHECKING:
@@ -37,6 +39,17 @@ PAPER_NETWORKS: dict[str, str] = {
     "ViT": "torchvision:vit_b_16",
 }
 """The ten human-designed networks of the COSMA paper: its name for each, and ours."""
+
+SEARCHED_NETWORKS: dict[str, str] = {
+    "PNASNet-5": "timm:pnasnet5large",
+    "NASNet-A": "timm:nasnetalarge",
+    "AmoebaNet-D": "torch:amoebanet_d",
+    "DARTS": "torch:darts",
+}
+"""The four networks of the COSMA paper that an architecture search made: its name for each, and ours.
+
+By the paper's name each reads its input of 1x3x224x224, where timm's own default is 331 pixels.
+"""
 
 IMAGE = (1, 3, 224, 224)
 """Default input of an image network: batch, channels, height, width."""
@@ -77,7 +90,7 @@ def names() -> list[str]:
     """
     torchvision, timm = _library("torchvision"), _library("timm")
     return [
-        "torch:transformer",
+        *(f"torch:{name}" for name in _OWN),
         *(f"torchvision:{name}" for name in torchvision.models.list_models()),
         *(f"timm:{name}" for name in timm.list_models()),
     ]
@@ -89,10 +102,12 @@ def build(name: str, inputs: Mapping[str, Sequence[int]] | None = None) -> Netwo
     Parameters
     ----------
     name : str
-        ``"torchvision:resnet50"``, ``"timm:..."``, ``"torch:transformer"``, a paper's name, or a bare name.
+        ``"torchvision:resnet50"``, ``"timm:..."``, ``"torch:transformer"``, ``"torch:darts"``,
+        ``"torch:amoebanet_d"``, a paper's name, or a bare name.
     inputs : mapping of str to sequence of int, optional
         Shapes by the name of ``forward``'s argument; a network of one input also answers to ``"x"``.
-        The others keep their default: 1x3x224x224 (timm: the model's own), video 1x3x16x224x224.
+        The others keep their default: 1x3x224x224 (timm: the model's own, but not by the paper's name),
+        video 1x3x16x224x224.
 
     Raises
     ------
@@ -104,7 +119,8 @@ def build(name: str, inputs: Mapping[str, Sequence[int]] | None = None) -> Netwo
     Notes
     -----
     The global random state is left as it was found. ``torch:transformer`` is ``torch.nn.Transformer()`` with
-    its defaults (6+6 layers, 512 features, 8 heads, feed-forward 2048), reading 128 source and 128 target tokens.
+    its defaults (6+6 layers, 512 features, 8 heads, feed-forward 2048), reading 128 source and 128 target tokens;
+    the other two of ``torch:`` are in :mod:`retensor.graph.searched`.
 
     Examples
     --------
@@ -119,6 +135,8 @@ def build(name: str, inputs: Mapping[str, Sequence[int]] | None = None) -> Netwo
         warnings.simplefilter("ignore")
         torch.default_generator.manual_seed(0)
         module, size = _BUILDERS[library](model)
+    if name in SEARCHED_NETWORKS:
+        size = IMAGE
     module.eval()
     shapes = module_shapes(module, inputs, size)
     return Network(f"{library}:{model}", module, _zeros(shapes))
@@ -269,17 +287,17 @@ def _library(name: str) -> Any:
 
 def _resolve(name: str) -> tuple[str, str]:
     """Library and model that ``name`` stands for."""
-    library, colon, model = PAPER_NETWORKS.get(name, name).partition(":")
+    library, colon, model = {**PAPER_NETWORKS, **SEARCHED_NETWORKS}.get(name, name).partition(":")
     if not colon:
         library, model = "", name
     if library in ("", "torchvision") and model in _library("torchvision").models.list_models():
         return "torchvision", model
     if library in ("", "timm") and _is_timm(model):
         return "timm", model
-    if library == "torch" and model == "transformer":
+    if library == "torch" and model in _OWN:
         return library, model
     if library not in ("", "torchvision", "timm", "torch"):
-        raise GraphError(f"'{name}' names no library; write torchvision:NAME, timm:NAME or torch:transformer")
+        raise GraphError(f"'{name}' names no library; write torchvision:NAME, timm:NAME or {_own_names()}")
     raise GraphError(f"no network is named '{name}'{_suggestion(library, model)}")
 
 
@@ -295,7 +313,12 @@ def _suggestion(library: str, model: str) -> str:
     near = difflib.get_close_matches(model.lower(), short, n=3, cutoff=0.6)
     if near:
         return "; did you mean " + " or ".join(f"'{short[name]}'" for name in near) + "?"
-    return "; give a torchvision or timm name such as 'torchvision:resnet50', or 'torch:transformer'"
+    return f"; give a torchvision or timm name such as 'torchvision:resnet50', or {_own_names()}"
+
+
+def _own_names() -> str:
+    """The names after ``torch:``, as a message lists them."""
+    return " or ".join(f"torch:{name}" for name in _OWN)
 
 
 def _torchvision(model: str) -> tuple[torch.nn.Module, Sequence[int]]:
@@ -313,8 +336,21 @@ def _timm(model: str) -> tuple[torch.nn.Module, Sequence[int]]:
     return module, (1, *settings.get("input_size", IMAGE[1:]))
 
 
-def _transformer(model: str) -> tuple[torch.nn.Module, Sequence[int]]:
+def _own(model: str) -> tuple[torch.nn.Module, Sequence[int]]:
+    return _OWN[model]()
+
+
+def _transformer() -> tuple[torch.nn.Module, Sequence[int]]:
     return _library("torch").nn.Transformer(), (TRANSFORMER_TOKENS, 1, 512)
 
 
-_BUILDERS = {"torchvision": _torchvision, "timm": _timm, "torch": _transformer}
+def _darts() -> tuple[torch.nn.Module, Sequence[int]]:
+    return searched.darts(), IMAGE
+
+
+def _amoebanet_d() -> tuple[torch.nn.Module, Sequence[int]]:
+    return searched.amoebanet_d(), IMAGE
+
+
+_OWN = {"transformer": _transformer, "darts": _darts, "amoebanet_d": _amoebanet_d}
+_BUILDERS = {"torchvision": _torchvision, "timm": _timm, "torch": _own}
