@@ -16,30 +16,40 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from retensor import errors, graph, planning
+    from retensor import costing, errors, graph, planning
+    from retensor.costing.compare import compare
+    from retensor.costing.price import cost
+    from retensor.costing.sheet import CostSheet
     from retensor.errors import GraphError, InfeasibleError, MissingExtraError, PlanError, RetensorError
-    from retensor.planning import plan
+    from retensor.planning.exact import plan
     from retensor.planning.plan import Accelerator
 
-_MODULES = ("errors", "graph", "planning")
+_MODULES = ("costing", "errors", "graph", "planning")
 _NAMES = {
     "Accelerator": "retensor.planning.plan",
+    "CostSheet": "retensor.costing",
     "GraphError": "retensor.errors",
     "InfeasibleError": "retensor.errors",
     "MissingExtraError": "retensor.errors",
     "PlanError": "retensor.errors",
     "RetensorError": "retensor.errors",
+    "compare": "retensor.costing",
+    "cost": "retensor.costing",
     "plan": "retensor.planning",
 }
 
 __all__ = [
     "Accelerator",
+    "CostSheet",
     "GraphError",
     "InfeasibleError",
     "MissingExtraError",
     "PlanError",
     "RetensorError",
     "__version__",
+    "compare",
+    "cost",
+    "costing",
     "errors",
     "graph",
     "plan",

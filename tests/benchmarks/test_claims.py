@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from benchmarks.claim_cosma import rows_of
+from benchmarks.claim_searched import rows_of as searched_rows_of
 
 from retensor.claims import (
     README_BLOCK,
@@ -21,7 +22,7 @@ from retensor.claims import (
     write_table,
 )
 from retensor.errors import RetensorError
-from retensor.graph.networks import PAPER_NETWORKS
+from retensor.graph.networks import PAPER_NETWORKS, SEARCHED_NETWORKS
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,6 +37,16 @@ def test_all_ten_networks_are_proved_in_a_second_at_the_median_and_twenty_at_mos
     assert all(row.plan.non_compulsory_bytes == 0 for row in rows if row.budget == "M_P")
     for row in rows:
         assert all(row.plan.non_compulsory_bytes <= min(theirs) for theirs in row.baselines.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", SEARCHED_NETWORKS)
+def test_searched_networks_are_proved_at_m_r_never_above_the_heuristic_and_run(network: str) -> None:
+    for row in searched_rows_of(network, budgets=("M_R",)):
+        assert row.plan.status == "optimal"
+        assert row.plan.non_compulsory_bytes <= row.heuristic
+        assert row.plan.non_compulsory_bytes <= min(min(theirs) for theirs in row.baselines.values())
+        assert row.runs_bit_equal
 
 
 def test_results_become_a_table_and_a_readme_block(tmp_path: Path) -> None:

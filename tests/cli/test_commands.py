@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-COMMANDS = ("bounds", "plan", "verify", "run", "compare", "sweep", "graph")
+COMMANDS = ("bounds", "plan", "verify", "run", "compare", "cost", "accelerators", "sweep", "graph")
 ONNX_INPUT = ("--input", "x=1x4x8x8")
 
 

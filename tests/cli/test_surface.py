@@ -7,7 +7,7 @@ import pytest
 
 import retensor as rt
 
-HEAVY = ("torch", "torchvision", "timm", "onnx", "onnxruntime", "ortools", "matplotlib")
+HEAVY = ("torch", "torchvision", "timm", "onnx", "onnxruntime", "ortools", "matplotlib", "numba", "joblib")
 
 
 def modules_after(code):

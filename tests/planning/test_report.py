@@ -28,7 +28,8 @@ from retensor.errors import PlanError, RetensorError
 from retensor.graph import Graph, Operator, Tensor
 from retensor.planning.appearance import occupancy_of, palette, role_of, shades, status_sentence
 from retensor.planning.assemble import transfers_of
-from retensor.planning.picture import plot_plan, plot_sweep
+from retensor.planning.curves import plot_sweep
+from retensor.planning.picture import plot_plan
 from retensor.planning.plan import Plan, Residency, Transfer
 from retensor.planning.report import write_report
 

@@ -1,7 +1,8 @@
-"""The command line, ``retensor …``: bounds, plan, verify, run, compare, sweep and graph.
+"""The command line, ``retensor …``: bounds, plan, verify, run, compare, cost, sweep, pack, graph.
 
 Exit codes: 0 done; 2 bad input, or a plan that verify finds invalid or run finds different; 3 a scratchpad too
-small for one operator; 130 stopped by Ctrl-C before there was a result.
+small for one operator, or proved too small for buffers; 4 a packing that was not decided in time; 130 stopped by
+Ctrl-C before there was a result.
 A mistake is one sentence on stderr; with ``--json`` stdout carries one object either way. Each command's
 work is imported when it runs, so that ``retensor -h`` is quick.
 """

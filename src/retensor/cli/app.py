@@ -11,7 +11,9 @@ from retensor.cli.bounds import bounds
 from retensor.cli.check import run, verify
 from retensor.cli.claims import claims
 from retensor.cli.compare import compare
+from retensor.cli.cost import accelerators, cost
 from retensor.cli.graph import graph
+from retensor.cli.pack import pack
 from retensor.cli.plan import plan
 from retensor.cli.sweep import sweep
 
@@ -40,7 +42,7 @@ def retensor(
     """Plan where every tensor of a network lives in an accelerator's scratchpad; prove, check and run the plan.
 
     Exit codes: 0 done; 2 bad input, an invalid plan (verify) or outputs that differ (run); 3 the scratchpad is too
-    small; 130 stopped by Ctrl-C before there was a result.
+    small; 4 a packing not decided in time; 130 stopped by Ctrl-C before there was a result.
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
@@ -52,5 +54,8 @@ app.command(epilog="Example: retensor verify plan.json model.onnx")(verify)
 app.command(epilog="Example: retensor run plan.json model.onnx --seed 1")(run)
 app.command(epilog="Example: retensor compare densenet121 --scratchpad M_H")(compare)
 app.command(epilog="Example: retensor sweep densenet121 --points 5 --picture sweep.svg")(sweep)
+app.command(epilog="Example: retensor cost mobilenet_v2 resnet50 --dtype int8 --accelerator edge-tpu")(cost)
+app.command(epilog="Example: retensor accelerators --json")(accelerators)
+app.command(epilog="Example: retensor pack buffers.csv --capacity 1MiB -o packed.csv --picture packed.svg")(pack)
 app.command(epilog="Example: retensor graph model.onnx --input image=1x3x224x224 -o graph.json")(graph)
 app.command(epilog="Example: retensor claims cosma")(claims)

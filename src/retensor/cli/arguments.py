@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +18,7 @@ from retensor.files import brief, writable_target
 
 if TYPE_CHECKING:
     from retensor.graph.structure import Graph
-    from retensor.planning.plan import Plan
+    from retensor.planning.plan import Accelerator, Plan
 
 Model = Annotated[
     str,
@@ -54,9 +55,22 @@ TimeLimit = Annotated[
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Seed of whatever is random.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Scratchpad = Annotated[
-    str,
+    str | None,
     typer.Option(
-        "--scratchpad", metavar="SIZE", help="2MiB, 512KB, bytes, or relative to the model: M_R, 1.2*M_R, M_H, M_P."
+        "--scratchpad",
+        metavar="SIZE",
+        help="2MiB, 512KB, bytes, or relative to the model: M_R, 1.2*M_R, M_H, M_P; of another size than the "
+        "accelerator's where both are given.",
+    ),
+]
+Chip = Annotated[
+    str | None,
+    typer.Option("--accelerator", metavar="NAME", help="A public accelerator; retensor accelerators lists them."),
+]
+ChipAlignment = Annotated[
+    int | None,
+    typer.Option(
+        "--alignment", metavar="BYTES", help="Every address is a multiple of this; default the accelerator's, else 1."
     ),
 ]
 
@@ -154,6 +168,39 @@ def check_alignment(alignment: int) -> None:
     from retensor.planning.plan import Accelerator
 
     Accelerator(scratchpad=1, alignment=alignment)
+
+
+def chosen_accelerator(
+    scratchpad: str | None, chip: str | None, alignment: int | None, *, needed: bool = True
+) -> Accelerator | None:
+    """The accelerator that ``--scratchpad``, ``--accelerator`` and ``--alignment`` describe together.
+
+    Raises
+    ------
+    ValueError
+        Where one is refused, or nothing is given and one is ``needed``.
+    """
+    from retensor.planning.accelerators import PRESETS, accelerator_named
+    from retensor.planning.plan import Accelerator
+
+    if chip is None and scratchpad is None:
+        if needed:
+            raise ValueError("how much scratchpad is not said; give --scratchpad SIZE or --accelerator NAME")
+        if alignment is not None:
+            check_alignment(alignment)
+        return None
+    if chip is None:
+        return Accelerator(scratchpad=str(scratchpad), alignment=1 if alignment is None else alignment)
+    if chip not in PRESETS and chip[:1].isdigit():
+        raise ValueError(
+            f"--accelerator '{brief(chip, 60)}' is a size, not a name; write --scratchpad {brief(chip, 60)}"
+        )
+    found = accelerator_named(chip)
+    return replace(
+        found,
+        scratchpad=found.scratchpad if scratchpad is None else scratchpad,
+        alignment=found.alignment if alignment is None else alignment,
+    )
 
 
 def check_outputs(model: str, outputs: Mapping[str, Path | None], suffixes: Mapping[str, Sequence[str]]) -> None:

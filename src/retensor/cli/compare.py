@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from retensor.cli.arguments import (
-    Alignment,
+    Chip,
+    ChipAlignment,
     Dtype,
     Fuse,
     InPlace,
@@ -19,6 +20,7 @@ from retensor.cli.arguments import (
     TimeLimit,
     Weights,
     check_time_limit,
+    chosen_accelerator,
     load_model,
 )
 from retensor.cli.output import (
@@ -73,13 +75,14 @@ class Comparison:
 
 def compare(
     model: Model,
-    scratchpad: Scratchpad = "M_R",
+    scratchpad: Scratchpad = None,
+    chip: Chip = None,
     weights: Weights = False,
     inputs: Input = None,
     dtype: Dtype = None,
     fuse: Fuse = True,
     in_place: InPlace = False,
-    alignment: Alignment = 1,
+    alignment: ChipAlignment = None,
     time_limit: TimeLimit = 60.0,
     seed: Seed = 0,
     json: Json = False,
@@ -89,13 +92,14 @@ def compare(
     The four are two schedules (the model's, and MPMF, the one of least peak memory footprint) by two eviction
     policies (Belady's, which evicts what is used last, and the greedy choice of the fewest bytes). Each is placed
     by a linear allocator twice: all tensors in advance (arena), and each when its step comes (online). Comparing
-    takes extra time: MPMF is a search of its own, and all 4 x 2 baselines are run.
+    takes extra time: MPMF is a search of its own, and all 4 x 2 baselines are run. Without a scratchpad or an
+    accelerator it is done at M_R.
     """
     check_time_limit(time_limit)
     from retensor import planning
-    from retensor.planning.plan import Accelerator
 
-    accelerator = Accelerator(scratchpad=scratchpad, alignment=alignment)
+    accelerator = chosen_accelerator("M_R" if scratchpad is chip is None else scratchpad, chip, alignment)
+    assert accelerator is not None
     graph = load_model(model, inputs, dtype, fuse, in_place)
     with watch("planning") as seen:
         accelerator, limits = resolve(
@@ -143,7 +147,6 @@ def resolve(
     They are the costly part of a size such as M_H; the MPMF baselines follow their schedule, so they are kept.
     """
     from retensor import planning
-    from retensor.planning.plan import Accelerator
     from retensor.units import parse_size
 
     size = accelerator.scratchpad
@@ -158,7 +161,7 @@ def resolve(
         progress=progress,
     )
     nbytes = parse_size(size, {"M_R": limits.m_r, "M_P": limits.m_p, "M_H": limits.m_h})
-    return Accelerator(scratchpad=nbytes, alignment=accelerator.alignment, name=accelerator.name), limits
+    return replace(accelerator, scratchpad=nbytes), limits
 
 
 def compare_with_baselines(
@@ -173,10 +176,9 @@ def compare_with_baselines(
 ) -> Comparison:
     """Run the four baselines at the scratchpad of ``found``; ``limits`` brings the MPMF schedule, else solved once."""
     from retensor import planning
-    from retensor.planning.plan import Accelerator
 
     # The size is resolved already; a relative one would be worked out again for every baseline.
-    budget = Accelerator(scratchpad=found.scratchpad_bytes, alignment=accelerator.alignment, name=accelerator.name)
+    budget = replace(accelerator, scratchpad=found.scratchpad_bytes)
     with watch("baselines") as seen:
         limits = limits or planning.bounds(
             graph,

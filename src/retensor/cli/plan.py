@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from retensor.cli.arguments import (
-    Alignment,
+    Chip,
+    ChipAlignment,
     Dtype,
     Fuse,
     InPlace,
@@ -22,6 +23,7 @@ from retensor.cli.arguments import (
     Weights,
     check_outputs,
     check_time_limit,
+    chosen_accelerator,
     load_model,
 )
 from retensor.cli.compare import Comparison, compare_with_baselines, comparison_to_json, print_comparison, resolve
@@ -53,7 +55,8 @@ class Order(StrEnum):
 
 def plan(
     model: Model,
-    scratchpad: Scratchpad,
+    scratchpad: Scratchpad = None,
+    chip: Chip = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the plan as JSON.")
     ] = None,
@@ -72,7 +75,7 @@ def plan(
     dtype: Dtype = None,
     fuse: Fuse = True,
     in_place: InPlace = False,
-    alignment: Alignment = 1,
+    alignment: ChipAlignment = None,
     time_limit: TimeLimit = 60.0,
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, max=1024, help="Threads of the solver; default all cores.")
@@ -92,9 +95,9 @@ def plan(
         {"--report": (".html", ".htm"), "--picture": (".svg", ".png")},
     )
     from retensor import planning
-    from retensor.planning.plan import Accelerator
 
-    accelerator = Accelerator(scratchpad=scratchpad, alignment=alignment)
+    accelerator = chosen_accelerator(scratchpad, chip, alignment)
+    assert accelerator is not None
     graph = load_model(model, inputs, dtype, fuse, in_place)
     with watch("planning") as seen:
         accelerator, limits = resolve(

@@ -15,6 +15,9 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn
+from rich.progress import Progress as Bar
 from rich.text import Text
 
 from retensor.cli.output import percent
@@ -41,13 +44,15 @@ class Watch:
 
 
 @contextmanager
-def watch(what: str) -> Iterator[Watch]:
+def watch(what: str, *, many: bool = False) -> Iterator[Watch]:
     """Show progress and note Ctrl-C while the block runs.
 
     Parameters
     ----------
     what : str
         What is being solved, as the line's start.
+    many : bool
+        Whether it is many plans, which fill a bar.
     """
     seen = Watch()
     before = signal.getsignal(signal.SIGINT)
@@ -66,6 +71,18 @@ def watch(what: str) -> Iterator[Watch]:
             yield seen
             return
         begun = time.monotonic()
+        if many:
+            columns = ("{task.description}", BarColumn(), "{task.fields[state]}")
+            with Bar(*columns, console=console, transient=True) as shown:
+                line = shown.add_task(escape(what), total=None, state="")
+                seen.progress = lambda state: shown.update(
+                    line,
+                    total=state.total or None,
+                    completed=state.done,
+                    state=escape(describe(state, time.monotonic() - begun, "what is done")),
+                )
+                yield seen
+            return
         with console.status(Text(what)) as status:
             seen.progress = lambda state: status.update(Text(f"{what}: {describe(state, time.monotonic() - begun)}"))
             yield seen
@@ -74,7 +91,7 @@ def watch(what: str) -> Iterator[Watch]:
             signal.signal(signal.SIGINT, before)
 
 
-def describe(state: Progress, seconds: float) -> str:
+def describe(state: Progress, seconds: float, kept: str = "the best") -> str:
     """One line such as ``packing 3/14 · best 1.2 MiB · bound 1.1 MiB · gap 8.3 % · 12 s``."""
     parts = [f"{state.stage} {state.done}/{state.total}" if state.total > 1 else state.stage]
     if state.incumbent is not None:
@@ -86,5 +103,5 @@ def describe(state: Progress, seconds: float) -> str:
     if state.incumbent is not None and bound is not None:
         gap = 0.0 if state.incumbent <= bound else (state.incumbent - bound) / state.incumbent
         parts.append(f"gap {percent(gap)}")
-    parts.append(f"{seconds:.0f} s, Ctrl-C keeps the best")
+    parts.append(f"{seconds:.0f} s, Ctrl-C keeps {kept}")
     return " · ".join(parts)

@@ -4,6 +4,7 @@ from retensor.graph.json import graph_from_json, graph_to_json, read_graph, writ
 from retensor.graph.load import light_models, load
 from retensor.graph.merge import merge, merged_kinds
 from retensor.graph.structure import Graph, Operator, Program, Tensor
+from retensor.graph.training import training_graph
 
 __all__ = [
     "Graph",
@@ -17,5 +18,6 @@ __all__ = [
     "merge",
     "merged_kinds",
     "read_graph",
+    "training_graph",
     "write_graph",
 ]

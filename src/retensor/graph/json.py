@@ -14,7 +14,7 @@ from typing import Any
 
 from retensor.errors import GraphError
 from retensor.files import brief, write_atomic
-from retensor.graph.structure import LARGEST_TENSOR, Graph, Operator, Tensor
+from retensor.graph.structure import LARGEST_TENSOR, MOST_MACS, Graph, Operator, Tensor
 from retensor.jsonfile import read_json
 
 SCHEMA = "retensor.graph/1"
@@ -24,8 +24,8 @@ LARGEST_OPTION = 2**60
 LONGEST_NAME = 4096
 
 _TOP = {"schema", "name", "tensors", "operators", "outputs", "aliases", "options"}
-_TENSOR = {"name", "bytes", "role", "shape", "dtype"}
-_OPERATOR = {"name", "kind", "inputs", "outputs", "nodes"}
+_TENSOR = {"name", "bytes", "role", "shape", "dtype", "buffer"}
+_OPERATOR = {"name", "kind", "inputs", "outputs", "nodes", "macs"}
 _ROLES = ("activation", "input", "parameter")
 
 
@@ -51,6 +51,8 @@ def graph_to_json(graph: Graph) -> dict[str, Any]:
             entry["shape"] = list(tensor.shape)
         if tensor.dtype is not None:
             entry["dtype"] = tensor.dtype
+        if tensor.buffer:
+            entry["buffer"] = True
         tensors.append(entry)
     operators: list[dict[str, Any]] = []
     for operator in graph.operators:
@@ -62,6 +64,8 @@ def graph_to_json(graph: Graph) -> dict[str, Any]:
         }
         if operator.nodes:
             entry["nodes"] = list(operator.nodes)
+        if operator.macs is not None:
+            entry["macs"] = operator.macs
         operators.append(entry)
     form: dict[str, Any] = {
         "schema": SCHEMA,
@@ -164,7 +168,10 @@ def _tensor(entry: Any, where: str, made: set[str]) -> Tensor:
         shape = tuple(_count(size, f"a dimension of {where}") for size in _list(shape, f"the shape of {where}"))
     if dtype is not None:
         dtype = _name(dtype, f"the dtype of {where}")
-    return Tensor(name, nbytes, role, shape, dtype)  # type: ignore[arg-type]
+    buffer = entry.get("buffer", False)
+    if not isinstance(buffer, bool):
+        raise GraphError(f"'buffer' of {where} is {_cut(buffer)}; true or false is needed")
+    return Tensor(name, nbytes, role, shape, dtype, buffer)  # type: ignore[arg-type]
 
 
 def _check_touched(entries: Any, operators: Sequence[Operator], outputs: Sequence[str]) -> None:
@@ -188,6 +195,7 @@ def _operator(entry: Any, where: str) -> Operator:
         _names(entry["inputs"], f"the inputs of {where}"),
         _names(entry["outputs"], f"the outputs of {where}"),
         _names(entry.get("nodes", []), f"the nodes of {where}"),
+        None if entry.get("macs") is None else _count(entry["macs"], f"the macs of {where}", MOST_MACS),
     )
 
 
@@ -293,7 +301,7 @@ def _names(value: Any, where: str) -> tuple[str, ...]:
     return tuple(_name(entry, f"an entry of {where}") for entry in _list(value, where))
 
 
-def _count(value: Any, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= LARGEST_TENSOR:
-        raise GraphError(f"{where} is {_cut(value)}; a whole number from 0 to 2**50 is needed")
+def _count(value: Any, where: str, most: int = LARGEST_TENSOR) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+        raise GraphError(f"{where} is {_cut(value)}; a whole number from 0 to 2**{most.bit_length() - 1} is needed")
     return value

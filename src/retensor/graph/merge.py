@@ -73,20 +73,20 @@ def merge(graph: Graph, *, fuse: bool, in_place: bool) -> Graph:
     Returns
     -------
     Graph
-        With the same program; a merged operator has the first one's name, the kinds joined by ``+``, and
-        all their ``nodes``. ``graph`` itself where there is nothing to merge.
+        With the same program; a merged operator has the first one's name, the kinds joined by ``+``, all their
+        ``nodes`` and the sum of their ``macs``. ``graph`` itself where there is nothing to merge.
 
     Examples
     --------
     >>> from retensor.graph.structure import Graph, Operator, Tensor
     >>> raw = Graph(
     ...     "net",
-    ...     [Operator("c", "Conv", ("x", "w"), ("a",)), Operator("r", "Relu", ("a",), ("b",))],
+    ...     [Operator("c", "Conv", ("x", "w"), ("a",), macs=32), Operator("r", "Relu", ("a",), ("b",), macs=0)],
     ...     [Tensor("x", 8, "input"), Tensor("w", 4, "parameter"), Tensor("a", 8), Tensor("b", 8)],
     ...     ["b"],
     ... )
     >>> merge(raw, fuse=True, in_place=False).operators
-    (Operator(name='c', kind='Conv+Relu', inputs=('x', 'w'), outputs=('b',), nodes=('c', 'r')),)
+    (Operator(name='c', kind='Conv+Relu', inputs=('x', 'w'), outputs=('b',), nodes=('c', 'r'), macs=32),)
     """
     work = _Work(graph)
     if fuse:
@@ -170,6 +170,7 @@ class _Work:
             tuple(inputs),
             outputs,
             (head.nodes or (head.name,)) + (tail.nodes or (tail.name,)),
+            None if head.macs is None or tail.macs is None else head.macs + tail.macs,
         )
         self.operators[second] = None
         for name in tail.inputs:

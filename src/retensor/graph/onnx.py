@@ -16,13 +16,16 @@ from pathlib import Path
 from onnx import NodeProto
 
 from retensor.errors import GraphError, RetensorError
+from retensor.graph.arithmetic import onnx_macs
 from retensor.graph.merge import merge
 from retensor.graph.onnx_file import ELEMENTS, FLOATING, OnnxModel, ValueType, read_model
 from retensor.graph.onnx_node import (
     attribute_of,
     domain_of,
+    is_weight,
     kind_of,
     optional_outputs,
+    plain_attributes,
     reads,
     reason,
     shown,
@@ -138,6 +141,8 @@ class _Builder:
     dtype: str | None
     # Where each value's bytes are: the name of the value that first had them.
     storage: dict[str, str] = field(default_factory=dict)
+    # Constants that count as parameters in the sense of training.
+    learned: set[str] = field(default_factory=set)
 
     def graph(self, name: str) -> Graph:
         """The unmerged graph, with its program where it can be run."""
@@ -150,7 +155,9 @@ class _Builder:
         tensors: dict[str, Tensor] = {}
         operators: list[Operator] = []
         nodes: dict[str, NodeProto] = {}
-        for index in self._live(candidates):
+        live = self._live(candidates)
+        self._find_learned(live)
+        for index in live:
             node = self._without_unread(self.nodes[index], used)
             for value in reads(node):
                 self._check_alias(value)
@@ -161,7 +168,7 @@ class _Builder:
                     tensors[value] = self._tensor(value)
             title = titles[index]
             nodes[title] = node
-            operators.append(Operator(title, self._kind(node), read, made, (title,)))
+            operators.append(Operator(title, self._kind(node), read, made, (title,), self._macs(node)))
         if not operators:
             raise GraphError(
                 f"'{self.model.path}' computes nothing from its inputs: its outputs are constants or views"
@@ -277,6 +284,22 @@ class _Builder:
         # Training needs the whole tensor before its first element is known: nothing to take into a convolution.
         return f"{kind}Training" if kind == "BatchNormalization" and self._trains(node) else kind
 
+    def _macs(self, node: NodeProto) -> int | None:
+        inputs = [self._type(value).shape if value else None for value in node.input]
+        outputs = [self._type(value).shape if value else None for value in node.output]
+        return onnx_macs(kind_of(node), inputs, outputs, plain_attributes(node))
+
+    def _find_learned(self, live: Sequence[int]) -> None:
+        """Fill ``learned`` with the storages of constants that some node reads as its weights."""
+        for index in live:
+            node = self.nodes[index]
+            for position, value in enumerate(node.input):
+                kind, root = self.shapes.types.get(value), self.storage.get(value)
+                if kind is None or root is None or root not in self.shapes.constants:
+                    continue
+                if is_weight(node, position, kind.element in FLOATING, len(kind.shape)):
+                    self.learned.add(root)
+
     def _titles(self) -> list[str]:
         """A unique name for each node: its own, or its type and place where it has none or shares it."""
         count = Counter(node.name for node in self.nodes)
@@ -324,4 +347,4 @@ class _Builder:
             role = "input"
         elif name in self.shapes.constants:
             role = "parameter"
-        return Tensor(name, nbytes, role, kind.shape, title)
+        return Tensor(name, nbytes, role, kind.shape, title, role == "parameter" and name not in self.learned)

@@ -18,6 +18,25 @@ from retensor.errors import GraphError
 
 LARGEST_DIMENSION = 2**31 - 1
 _DEFAULT_DOMAINS = ("", "ai.onnx")
+# Positions of inputs that hold integers and are weights, and that hold floats and are none.
+_INTEGER_WEIGHTS: Mapping[str, tuple[int, ...]] = {
+    "ConvInteger": (1,),
+    "MatMulInteger": (1,),
+    "QLinearConv": (3, 8),
+    "QLinearMatMul": (3,),
+    "DequantizeLinear": (0,),
+    "Gather": (0,),
+}
+_NO_WEIGHTS: Mapping[str, tuple[int, ...]] = {
+    "BatchNormalization": (3, 4),
+    "QLinearConv": (1, 4, 6),
+    "QLinearMatMul": (1, 4, 6),
+    "QuantizeLinear": (1,),
+    "DequantizeLinear": (1,),
+    "Resize": (1, 2),
+    "Upsample": (1,),
+    "OneHot": (2,),
+}
 _TERM = rb"[A-Za-z]*(\.\.\.)?[A-Za-z]*"
 # Terms with two ellipses send shape inference into a loop without end.
 _EQUATION = re.compile(_TERM + rb"(," + _TERM + rb")*(->" + _TERM + rb")?")
@@ -180,6 +199,31 @@ def attribute_of(node: NodeProto, name: str, default: Any = None) -> Any:
             if attribute.type == AttributeProto.INTS:
                 return list(attribute.ints)
     return default
+
+
+def is_weight(node: NodeProto, position: int, floating: bool, rank: int) -> bool:
+    """Whether a constant that a node reads at ``position`` is a parameter in the sense of training.
+
+    ONNX marks none. Taken for one: an array of floats, except running statistics, scales and the like; and integers
+    where an operator has quantised weights. Numbers without an axis are constants of the program.
+    """
+    kind = node.op_type if domain_of(node) == "" else ""
+    if not floating:
+        return position in _INTEGER_WEIGHTS.get(kind, ())
+    return rank > 0 and position not in _NO_WEIGHTS.get(kind, ())
+
+
+def plain_attributes(node: NodeProto) -> dict[str, int | list[int] | str]:
+    """A node's attributes that are integers, lists of them or text."""
+    found: dict[str, int | list[int] | str] = {}
+    for attribute in node.attribute:
+        if attribute.type == AttributeProto.INT:
+            found[attribute.name] = attribute.i
+        elif attribute.type == AttributeProto.INTS:
+            found[attribute.name] = list(attribute.ints)
+        elif attribute.type == AttributeProto.STRING:
+            found[attribute.name] = attribute.s.decode("utf-8", "replace")
+    return found
 
 
 def optional_outputs(node: NodeProto, opsets: Mapping[str, int]) -> set[int]:

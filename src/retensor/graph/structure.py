@@ -23,6 +23,7 @@ from retensor.units import whole
 Role = Literal["activation", "input", "parameter"]
 Bytes = npt.NDArray[np.uint8]
 LARGEST_TENSOR = 2**50
+MOST_MACS = 2**80
 
 
 def quoted(name: object) -> str:
@@ -55,6 +56,9 @@ class Tensor:
         For people; planning uses ``nbytes`` only.
     dtype : str or None
         NumPy's name of the element type, for people and for execution.
+    buffer : bool
+        Of a ``parameter``: whether it is none in the sense of training (running statistics, constants of the
+        program). Planning treats both alike; the cost sheet counts a buffer's bytes, not its elements.
     """
 
     name: str
@@ -62,6 +66,7 @@ class Tensor:
     role: Role = "activation"
     shape: tuple[int, ...] | None = None
     dtype: str | None = None
+    buffer: bool = False
 
     def __post_init__(self) -> None:
         _check_text(self.name, "a tensor's name")
@@ -74,6 +79,10 @@ class Tensor:
             ) from None
         if self.shape is not None:
             object.__setattr__(self, "shape", tuple(self.shape))
+        if not isinstance(self.buffer, bool):
+            raise GraphError(
+                f"tensor {quoted(self.name)} has {described(self.buffer, 40)} for buffer; True or False is needed"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +99,9 @@ class Operator:
         A tensor used twice is named once.
     nodes : tuple of str
         The source model's nodes it stands for, in order; more than one where nodes were merged.
+    macs : int or None
+        Multiply-accumulates of one run, as :mod:`retensor.graph.arithmetic` counts them; None where they are not
+        known.
     """
 
     name: str
@@ -97,6 +109,7 @@ class Operator:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     nodes: tuple[str, ...] = ()
+    macs: int | None = None
 
     def __post_init__(self) -> None:
         _check_text(self.name, "an operator's name")
@@ -113,6 +126,17 @@ class Operator:
             for name in names:
                 _check_text(name, f"one of the {field_name} of operator {quoted(self.name)}")
             object.__setattr__(self, field_name, names)
+        if self.macs is not None:
+            try:
+                count = whole(self.macs, "the count")
+            except TypeError:
+                count = -1
+            if not 0 <= count <= MOST_MACS:
+                raise GraphError(
+                    f"operator {quoted(self.name)} has {described(self.macs, 40)} multiply-accumulates; "
+                    "a whole number from 0 to 2**80 is needed, or None"
+                )
+            object.__setattr__(self, "macs", count)
 
 
 class Program(Protocol):

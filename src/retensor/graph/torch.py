@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from retensor.errors import GraphError, MissingExtraError
 from retensor.graph import networks
+from retensor.graph.arithmetic import torch_macs
 from retensor.graph.structure import LARGEST_TENSOR, Graph, Operator, Role, Tensor
 from retensor.graph.torch_program import Layout, TorchProgram, Wiring, contiguous_strides, dense, elements
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from torch.fx import Node
 
-_BITS = {"int4": 4, "int8": 8, "uint8": 8, "float16": 16, "bfloat16": 16, "float32": 32, "float64": 64}
+BITS = {"int4": 4, "int8": 8, "uint8": 8, "float16": 16, "bfloat16": 16, "float32": 32, "float64": 64}
 
 
 def load_torch(
@@ -84,8 +85,8 @@ def load_torch(
         from torch.export import ExportedProgram
     except ImportError as error:
         raise MissingExtraError("loading a PyTorch program", "torch") from error
-    if dtype is not None and dtype not in _BITS:
-        raise ValueError(f"element type '{dtype}' is not known; give one of {', '.join(_BITS)}")
+    if dtype is not None and dtype not in BITS:
+        raise ValueError(f"element type '{dtype}' is not known; give one of {', '.join(BITS)}")
     if example_inputs is not None and not isinstance(source, torch.nn.Module):
         raise ValueError("example inputs go with a module; a name and an exported program have inputs of their own")
     if isinstance(source, str):
@@ -138,6 +139,7 @@ class _Trace:
         self.single: set[str] = set()
         self.host: dict[str, Any] = {}
         self.parameters: dict[str, torch.Tensor] = {}
+        self.learned: set[str] = set()
         self.operators: list[Operator] = []
         self.aliases: dict[str, str] = {}
         self.input_layouts: list[Layout | tuple[Any]] = []
@@ -200,6 +202,8 @@ class _Trace:
             elif kind in ("PARAMETER", "BUFFER", "CONSTANT_TENSOR"):
                 table = self.functional.state_dict
                 state[node] = table[spec.target] if spec.target in table else self.functional.constants[spec.target]
+                if kind == "PARAMETER":
+                    self.learned.add(node.name)
             elif node in self.live:
                 raise GraphError(f"the program reads '{node.name}', a {kind.lower()}; only tensors can be planned")
         self._state({node: tensor for node, tensor in state.items() if node in self.live})
@@ -324,7 +328,7 @@ class _Trace:
             if single:
                 self.aliases[node.name] = self._base(result)
         else:
-            self._operator(node, results, single)
+            self._operator(node, results, single, torch_macs(str(node.target), _arguments(node, args, kwargs), results))
 
     def _check(self, node: Node) -> None:
         """Refuse what cannot be one step of a plan: nested programs, mutation, chance."""
@@ -343,7 +347,7 @@ class _Trace:
         if torch.Tag.nondeterministic_seeded in target.tags and _draws(node):
             raise GraphError(f"node '{node.name}' ({target}) is random; put the module in eval mode or take it out")
 
-    def _operator(self, node: Node, results: Sequence[Any], single: bool) -> None:
+    def _operator(self, node: Node, results: Sequence[Any], single: bool, macs: int | None) -> None:
         import torch
 
         read = dict.fromkeys(base for source in node.all_input_nodes for base in self._bases_of(self.values[source]))
@@ -367,7 +371,7 @@ class _Trace:
             self.single.add(node.name)
         self.values[node] = values[0] if single else values
         outputs = tuple(layout.storage for layout in layouts if layout is not None)
-        self.operators.append(Operator(node.name, str(node.target), tuple(read), outputs, (node.name,)))
+        self.operators.append(Operator(node.name, str(node.target), tuple(read), outputs, (node.name,), macs))
 
     def _wanted(self, node: Node, count: int) -> set[int]:
         """Which results of a node are read; the rest need not be computed and take no room."""
@@ -422,6 +426,8 @@ class _Trace:
         used = dict.fromkeys(outputs)
         for step in self.operators:
             used.update(dict.fromkeys(step.inputs + step.outputs))
+        # Of tied weights the storage has one name.
+        learned = {self.held[name].storage for name in self.learned if name in self.held}
         tensors: list[Tensor] = []
         changed = False
         for key, layout in self.layouts.items():
@@ -431,9 +437,10 @@ class _Trace:
             count, counted = prod(layout.shape), own
             nbytes = count * layout.dtype.itemsize
             if dtype is not None and layout.dtype.is_floating_point:
-                counted, nbytes = dtype, ceil(count * _BITS[dtype] / 8)
+                counted, nbytes = dtype, ceil(count * BITS[dtype] / 8)
             changed = changed or counted != own
-            tensors.append(Tensor(key, nbytes, self.roles[key], layout.shape, counted))
+            buffer = self.roles[key] == "parameter" and key not in learned
+            tensors.append(Tensor(key, nbytes, self.roles[key], layout.shape, counted, buffer))
         shapes = {lay.storage: list(lay.shape) for lay in self.input_layouts if isinstance(lay, Layout)}
         return Graph(
             name,
@@ -479,12 +486,16 @@ def _same_view(one: torch.Tensor, other: torch.Tensor) -> bool:
     return views[0] == views[1]
 
 
+def _arguments(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What an operator is called with, by the names of its schema; defaults where nothing is given."""
+    arguments = node.target._schema.arguments
+    given = {argument.name: argument.default_value for argument in arguments}
+    return given | dict(zip((argument.name for argument in arguments), args, strict=False)) | dict(kwargs)
+
+
 def _draws(node: Node) -> bool:
     """Whether an operator that may draw random numbers does: not where its dropout is zero or training is off."""
-    schema = node.target._schema
-    given = {argument.name: argument.default_value for argument in schema.arguments}
-    given.update(zip((argument.name for argument in schema.arguments), node.args, strict=False))
-    given.update(node.kwargs)
+    given = _arguments(node, node.args, node.kwargs)
     if any(given.get(flag) is False for flag in ("train", "training")):
         return False
     return not any(rate in given and given[rate] == 0 for rate in ("dropout_p", "dropout", "p"))

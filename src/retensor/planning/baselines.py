@@ -26,6 +26,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from itertools import pairwise
 from typing import Literal
 
@@ -191,12 +192,13 @@ def simulate(
     scratchpad: int,
     replacement: Replacement,
     placement: Placement = "arena",
+    clock: Clock | None = None,
 ) -> Held:
-    """Run ``order`` (operators of ``problem``) under a replacement policy."""
+    """Run ``order`` (operators of ``problem``) under a replacement policy; out of time, placed as the steps come."""
     online = _step_by_step(problem, order, scratchpad, replacement)
     if placement == "online":
         return online
-    held = _arena(problem, order, scratchpad, replacement)
+    held = _arena(problem, order, scratchpad, replacement, clock or Clock(float("inf")))
     # Where the arena ends up evicting more, its user would rather place tensors as they come.
     return held if held and traffic(problem, held.stays) <= traffic(problem, online.stays) else online
 
@@ -205,26 +207,40 @@ def evict_by_bytes(problem: Problem, order: tuple[int, ...], capacity: int, repl
     """The policy's residencies where only the sum of bytes at each step counts."""
     step_of = steps_of(order)
     uses = [sorted(step_of[user] for user in item.users) for item in problem.items]
+    room = [item.room for item in problem.items]
     since: dict[int, int] = {}
+    held = 0
+    # What may leave, by its next use; an entry counts while it is the item's latest.
+    queue: list[tuple[int, int]] = []
+    following: dict[int, int] = {}
     stays: list[Stay] = []
     for step, operator in enumerate(order):
         own = problem.touched[operator]
-        others = {item: uses[item][bisect_right(uses[item], step)] for item in since if item not in own}
-        excess = problem.need[operator] + sum(problem.items[item].room for item in others) - capacity
-        if replacement == "belady":
-            victims = []
-            for item in sorted(others, key=lambda item: (-others[item], item)):
-                if excess <= 0:
-                    break
-                victims.append(item)
-                excess -= problem.items[item].room
-        else:
-            victims = _least_set({item: problem.items[item].room for item in others}, excess)
-        stays += [Stay(item, since.pop(item), step) for item in victims]
+        excess = problem.need[operator] + held - sum(room[item] for item in own if item in since) - capacity
+        victims: list[int] = []
+        if excess > 0 and replacement == "belady":
+            inside = set(own)
+            while queue and excess > 0:
+                use, item = heappop(queue)
+                if following.get(item) == -use and item in since and item not in inside:
+                    victims.append(item)
+                    excess -= room[item]
+        elif excess > 0:
+            victims = _least_set({item: room[item] for item in since if item not in own}, excess)
+        for item in victims:
+            stays.append(Stay(item, since.pop(item), step))
+            held -= room[item]
         for item in own:
-            since.setdefault(item, step)
+            if item not in since:
+                since[item] = step
+                held += room[item]
             if uses[item][-1] == step:
                 stays.append(Stay(item, since.pop(item), step + 1))
+                held -= room[item]
+            else:
+                following[item] = uses[item][bisect_right(uses[item], step)]
+                if replacement == "belady":
+                    heappush(queue, (-following[item], item))
     return stays
 
 
@@ -245,11 +261,13 @@ def _least_set(rooms: dict[int, int], excess: int) -> list[int]:
     return sorted(best_items)
 
 
-def _arena(problem: Problem, order: tuple[int, ...], scratchpad: int, replacement: Replacement) -> Held | None:
+def _arena(
+    problem: Problem, order: tuple[int, ...], scratchpad: int, replacement: Replacement, clock: Clock
+) -> Held | None:
     """All residencies placed at once, larger first into the smallest gap, with further evictions until all fit.
 
     A residency without a gap makes the policy evict once more among what lies there at the same time: ``belady`` what
-    is used furthest in the future, ``greedy`` what takes least. None where nothing more can leave.
+    is used furthest in the future, ``greedy`` what takes least. None where nothing more can leave, or out of time.
     """
     step = steps_of(order)
     stays = evict_by_bytes(problem, order, -(-scratchpad // problem.alignment), replacement)
@@ -259,16 +277,20 @@ def _arena(problem: Problem, order: tuple[int, ...], scratchpad: int, replacemen
         for operator in range(problem.n)
         for _, size in problem.transients[operator]
     ]
-    while True:
+    while clock.left > 0:
         blocks = [Block(s.start, s.end, problem.items[s.item].size) for s in stays] + fixed
         near = neighbours(blocks)
         places: dict[int, int] = {}
         stuck: int | None = None
         for i in sorted(range(len(blocks)), key=lambda k: (-blocks[k].size, blocks[k].start, k)):
+            if clock.left <= 0:
+                return None
             pad = _Scratchpad(scratchpad, problem.alignment)
-            for other in near[i]:
-                if other in places:
-                    pad.put(other, places[other], blocks[other].size)
+            pad.rows = sorted(
+                (places[other], places[other] + blocks[other].size, other)
+                for other in near[i]
+                if other in places and blocks[other].size
+            )
             address = pad.best_fit(blocks[i].size)
             if address is None:
                 stuck = i
@@ -292,6 +314,7 @@ def _arena(problem: Problem, order: tuple[int, ...], scratchpad: int, replacemen
         _, i, here, there = min(options)
         stay = stays[i]
         stays[i : i + 1] = [Stay(stay.item, stay.start, here + 1), Stay(stay.item, there, stay.end)]
+    return None
 
 
 def follow(problem: Problem, order: tuple[int, ...], stays: Sequence[Stay], scratchpad: int) -> Held:
@@ -333,12 +356,17 @@ def _step_by_step(
         sizes = {item: problem.items[item].size for item in own}
         transients = [-1 - position for position in range(len(problem.transients[operator]))]
         sizes |= {key: size for key, (_, size) in zip(transients, problem.transients[operator], strict=True)}
-        distance = {item: uses[item][bisect_right(uses[item], step)] for item in since if item not in sizes}
+        distance: dict[int, int] = {}
 
         while True:
             wanted = sorted((key for key in sizes if key not in since), key=lambda key: (-sizes[key], key))
             trial = pad.copy()
             evicted = _make_room(trial, wanted, sizes, distance, replacement)
+            if evicted is None and not distance:
+                # Most steps evict nothing, and there may be very many tensors to look at.
+                distance = {item: uses[item][bisect_right(uses[item], step)] for item in since if item not in sizes}
+                if distance:
+                    continue
             if evicted is not None:
                 break
             inside = [item for item in own if item in since]

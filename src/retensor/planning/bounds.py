@@ -94,10 +94,12 @@ def _bounds(
     order: list[int] = []
     peak = bound = 0
     known: dict[object, Peak] = {}
+    # The whole network needs that much at least: below it, no part's schedule is better than another.
+    enough = max((need for part in parts for need in part.problem.need), default=0)
     for done, part in enumerate(parts):
         key = part.problem.shape_key
         if key not in known:
-            known[key] = least_peak(part.problem, clock, seed=seed)
+            known[key] = least_peak(part.problem, clock, seed=seed, enough=enough)
         found = known[key]
         order += [problem.operators[part.operators[o - part.shift]] for o in found.order if o >= part.shift]
         peak, bound = max(peak, found.peak), max(bound, found.bound)

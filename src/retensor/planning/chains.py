@@ -17,6 +17,7 @@ serve the models without addresses only, whose optimum is a bound for those with
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 from retensor.planning.problem import Problem
 
@@ -45,6 +46,17 @@ def glue(problem: Problem) -> list[tuple[int, int]]:
     return pairs
 
 
+def waiting(problem: Problem, pairs: Sequence[tuple[int, int]]) -> tuple[tuple[int, ...], ...]:
+    """Predecessors where glued operators run without a break: the first also waits for all that the rest needs."""
+    next_of, table = dict(pairs), [set(row) for row in problem.predecessors]
+    for head in set(next_of) - set(next_of.values()):
+        chain = [head]
+        while chain[-1] in next_of:
+            chain.append(next_of[chain[-1]])
+        table[head] = {p for member in chain for p in table[member]} - set(chain)
+    return tuple(tuple(sorted(row)) for row in table)
+
+
 def _peak(problem: Problem, chain: list[int]) -> int:
     return max(problem.need[operator] for operator in chain)
 
@@ -54,11 +66,18 @@ def _is_path(problem: Problem, chain: list[int]) -> bool:
     return all(problem.made[a] == problem.read[b] and len(problem.made[a]) == 1 for a, b in itertools.pairwise(chain))
 
 
+def _only(table: Sequence[Sequence[int]], chain: list[int], allowed: set[int]) -> bool:
+    """Whether nothing else holds the chain's operators, not even an order that no tensor asks for."""
+    return all(other in allowed for operator in chain for other in table[operator])
+
+
 def _pull(problem: Problem, x: int, first: list[int], second: list[int]) -> bool:
     u, v = first[-1], second[0]
     items = problem.items
     made = problem.made[second[-1]]
     if problem.read[v] != (x,) or not _is_path(problem, second) or problem.made[u] != (x,):
+        return False
+    if not _only(problem.predecessors, second, {u, *second}):
         return False
     if sum(items[i].room for i in made) > items[x].room or sum(items[i].size for i in made) > items[x].size:
         return False
@@ -75,6 +94,8 @@ def _push(problem: Problem, x: int, first: list[int], second: list[int]) -> bool
     items = problem.items
     read = problem.read[u]
     if problem.made[first[-1]] != (x,) or not _is_path(problem, first):
+        return False
+    if not _only(problem.successors, first, {v, *first}):
         return False
     if any(items[i].consumers != (u,) for i in read):
         return False

@@ -6,8 +6,10 @@ then what it costs is paid at once, its return included (it is read again, or it
 lost: in any plan an eviction can wait until the first operator that needs the room, and a set of which a part
 would do can wait in part.
 
-Three rules keep the layers small:
+Four rules keep the layers small:
 
+- *Without a break.* A chain that no other order can help (:mod:`.chains`) runs from end to end once it is begun, and
+  begins when all of it can run.
 - *Cheaper or as good.* Of two states with the same operators run, one is dropped if the other reaches its
   contents for no more bytes: an item that is out has its return paid, so being out is never worse than being in;
   an item that is in can be put out at its price.
@@ -24,7 +26,8 @@ from __future__ import annotations
 
 from itertools import accumulate
 
-from retensor.planning.problem import Problem, bits
+from retensor.planning.chains import glue, waiting
+from retensor.planning.problem import Problem, bits, turned
 from retensor.planning.progress import Clock
 from retensor.planning.residency import Answer, answer_from_evictions
 
@@ -80,12 +83,17 @@ class _Frontier:
         self.users = [sum(1 << user for user in item.users) for item in items]
         self.own = [problem.own(operator) for operator in range(problem.n)]
         self.touch = [sum(1 << i for i in row) for row in problem.touched]
+        pairs = glue(problem)
+        self.next_of = dict(pairs)
+        self.predecessors = waiting(problem, pairs)
+        self.before = [sum(1 << p for p in row) for row in self.predecessors]
+        self.successors = turned(self.predecessors)
         self.lost: int | None = None
         """Least cost of what was dropped for want of width."""
 
     def run(self) -> Answer:
         ready = 0
-        for operator, row in enumerate(self.problem.predecessors):
+        for operator, row in enumerate(self.predecessors):
             if not row:
                 ready |= 1 << operator
         layer = {0: [_State(0, 0, 0, 0, 0, ready, None, -1, ())]}
@@ -117,11 +125,13 @@ class _Frontier:
     # -- one step -------------------------------------------------------------------------------
 
     def _expand(self, state: _State, following: dict[int, list[_State]]) -> None:
-        for operator in bits(state.ready):
-            if self._runs_at_once(state, operator):
+        chained = self.next_of.get(state.operator)
+        ready = bits(state.ready) if chained is None else [chained]
+        for operator in ready if chained is None else ():
+            if operator not in self.next_of and self._runs_at_once(state, operator):
                 self._run(state, operator, (), following)
                 return
-        for operator in bits(state.ready):
+        for operator in ready:
             if self.clock.left <= 0:
                 return
             own = self.touch[operator]
@@ -212,8 +222,8 @@ class _Frontier:
                 inside &= ~(1 << i)
                 copied &= ~(1 << i)
         ready = state.ready & ~(1 << operator)
-        for successor in self.problem.successors[operator]:
-            if not self.problem.ancestors[successor] & ~done:
+        for successor in self.successors[operator]:
+            if not self.before[successor] & ~done:
                 ready |= 1 << successor
         made = _State(cost, done, inside, copied, held, ready, state, operator, victims)
         self._admit(made, following.setdefault(done, []))

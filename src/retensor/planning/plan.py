@@ -7,6 +7,7 @@ step ``t`` runs (step ``len(order)``: after the last); at one step, writes happe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -28,6 +29,16 @@ class Accelerator:
     alignment : int
         Every address is a multiple of it; in bytes.
     name : str, optional
+    bandwidth : float, optional
+        Bytes a second between the scratchpad and the memory off-chip, both ways together. Plans do not depend on it
+        or on ``macs_per_second``; the roofline of :func:`retensor.cost` does.
+    macs_per_second : float, optional
+        Multiply-accumulates a second, all units busy.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Where an argument is of another type or makes no sense.
 
     Examples
     --------
@@ -38,6 +49,8 @@ class Accelerator:
     scratchpad: int | str
     alignment: int = 1
     name: str | None = None
+    bandwidth: float | None = None
+    macs_per_second: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "alignment", whole(self.alignment, "alignment"))
@@ -48,6 +61,14 @@ class Accelerator:
             raise TypeError(f"an accelerator's name is a str, not {type(self.name).__name__}")
         if not 1 <= self.alignment <= 2**30:
             raise ValueError(f"alignment is a number of bytes from 1 to 2**30, not {self.alignment}")
+        for rate in ("bandwidth", "macs_per_second"):
+            given = getattr(self, rate)
+            if given is None:
+                continue
+            if isinstance(given, bool) or not isinstance(given, int | float):
+                raise TypeError(f"{rate} is a number a second or None, not {type(given).__name__}")
+            if not 0 < given < math.inf:
+                raise ValueError(f"{rate} is a positive number a second or None, not {given}")
         # A relative size is resolved against a graph later; anything else is checked now.
         parse_size(self.scratchpad, dict.fromkeys(("M_R", "M_P", "M_H"), 2**20))
 

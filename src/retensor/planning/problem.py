@@ -36,6 +36,19 @@ def bits(mask: int) -> list[int]:
     return found
 
 
+def turned(table: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    """Of each operator's predecessors, each operator's successors; or the other way round.
+
+    >>> turned([(), (0,), (0, 1)])
+    ((1, 2), (2,), ())
+    """
+    found: list[list[int]] = [[] for _ in table]
+    for operator, row in enumerate(table):
+        for other in row:
+            found[other].append(operator)
+    return tuple(map(tuple, found))
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
     """A tensor that is decided on.
@@ -121,11 +134,7 @@ class Problem:
     @cached_property
     def successors(self) -> tuple[tuple[int, ...], ...]:
         """Operators that have each operator among their predecessors."""
-        table: list[list[int]] = [[] for _ in range(self.n)]
-        for operator, row in enumerate(self.predecessors):
-            for predecessor in row:
-                table[predecessor].append(operator)
-        return tuple(tuple(row) for row in table)
+        return turned(self.predecessors)
 
     @cached_property
     def ancestors(self) -> tuple[int, ...]:
@@ -286,6 +295,25 @@ class Part:
         return 0 if self.entering is None else 1
 
 
+def pinned_operators(problem: Problem) -> list[bool]:
+    """Which operators are before or after every other one, and so have the same position in each order that runs.
+
+    All operators listed before *i* are its ancestors if each of them has a successor no later than *i*: follow those
+    until *i* is met. Likewise all after *i* are descendants if each has a predecessor no earlier than *i*.
+    """
+    n = problem.n
+    pinned = [True] * n
+    latest = -1
+    for i in range(n):
+        pinned[i] = latest <= i
+        latest = max(latest, min(problem.successors[i], default=n))
+    earliest = n
+    for i in range(n - 1, -1, -1):
+        pinned[i] = pinned[i] and earliest >= i
+        earliest = min(earliest, max(problem.predecessors[i], default=-1))
+    return pinned
+
+
 def make_part(whole: Problem, operators: Sequence[int], entering: int | None) -> Part:
     """The part of ``whole`` that consists of ``operators``, in program order."""
     if entering is None and len(operators) == whole.n:
@@ -307,15 +335,16 @@ def _split_at_cuts(whole: Problem, members: list[int]) -> list[Part]:
     for i in range(1, problem.n):
         crossing[i] += crossing[i - 1]
     index = {item.name: i for i, item in enumerate(whole.items)}
+    pinned = pinned_operators(problem)
     pieces: list[Part] = []
     start, entering = 0, None
     for i in range(problem.n - 1):
-        if crossing[i] != 1:
+        if crossing[i] != 1 or not pinned[i]:
             continue
-        # Comparable with every operator: it has the same position in each order that runs.
-        if (problem.ancestors[i] | problem.descendants[i]).bit_count() != problem.n - 1:
+        leaving = next((t for t in problem.touched[i] if max(problem.items[t].users) > i), None)
+        if leaving is None:
+            # What crosses is not its own: the operator only waits there.
             continue
-        leaving = next(t for t in problem.touched[i] if max(problem.items[t].users) > i)
         pieces.append(make_part(whole, members[start : i + 1], entering))
         start, entering = i + 1, index[problem.items[leaving].name]
     pieces.append(make_part(whole, members[start:], entering))

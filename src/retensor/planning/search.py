@@ -3,10 +3,12 @@
 1. The graph falls into parts (:mod:`.problem`); equal parts are solved once.
 2. Each part without addresses: no traffic where its least peak fits (:mod:`.peak`), else a search over orders
    and evictions, by frontiers (:mod:`.frontier`) and by CP-SAT over residencies (:mod:`.residency`), started
-   from the best evictions for two good orders. The parts' optima add up to a lower bound of any plan.
+   from the best evictions for two good orders. The parts' optima add up to a lower bound of any plan. Parts that
+   are large get better in windows (:mod:`.improve`) and have bounds of their own (:mod:`.lower`).
 3. Addresses for the stays found (:mod:`.allocate`). If they exist, the bound is met: the plan is optimal.
 4. If a part's stays cannot be packed, that part is solved again with addresses in the model; if parts
-   pack alone but not together, they are joined and solved as one. Each such step keeps a proved bound.
+   pack alone but not together, they are joined and solved as one. Each such step keeps a proved bound. Where that
+   takes too long, a little more is evicted instead (:mod:`.settle`).
 
 Every part has a first answer before any is improved, and addresses keep a share of the time, so whenever time
 runs out or the user stops it, the best complete plan so far is there, with its bound.
@@ -36,13 +38,16 @@ from retensor.planning.residency import (
     steps_of,
     traffic,
 )
+from retensor.planning.settle import settle
 
 FIRST_WIDTH = 200
-"""States of a layer in the first frontier search; each further one has eight times as many."""
-LARGEST_FRONTIER = 2_000_000
-"""States that a frontier search may keep in all its layers: some hundred bytes each."""
+"""States of a layer in the first frontier search, which needs no compiler."""
 LARGEST_MODEL = 400
 """Operators of a part beyond which CP-SAT's model with a free order finds nothing in any reasonable time."""
+LONG = 1_500
+"""Operators of a program beyond which what grows with their square, or has no end, is left to windows and stretches."""
+FEW = 60
+"""Operators of a part up to which bounds and windows of their own tell nothing that the frontiers do not."""
 QUICK = 200_000
 """Operators times most tensors of one, up to which the simplest baselines run even when there is no time left."""
 EVICTIONS_SHARE = 0.7
@@ -89,6 +94,8 @@ class Search:
         self.workers = workers
         self.progress = progress
         self.solved: list[Solved] = []
+        self.spare: Layout | None = None
+        """A complete plan, should nothing better be found in time."""
 
     @property
     def bound(self) -> int:
@@ -136,23 +143,30 @@ class Search:
         # A given order may interleave what the cuts would part; its model is small anyway.
         return [make_part(self.problem, range(self.problem.n), None)]
 
-    def _without_search(self, problem: Problem) -> Answer:
-        """The order at hand with Belady's evictions."""
-        order = self.fixed or tuple(range(problem.n))
+    def _without_search(self, problem: Problem, order: tuple[int, ...] | None = None) -> Answer:
+        """An order, by default the one at hand, with Belady's evictions."""
+        order = order or self.fixed or tuple(range(problem.n))
         stays = tuple(evict_by_bytes(problem, order, self.capacity, "belady"))
         return Answer(order, stays, traffic(problem, stays), 0)
 
     def _first(self, problem: Problem, known: Answer, clock: Clock) -> Answer:
         if self.fixed is not None:
+            if problem.n > LONG:
+                return self._keep_order(problem, known, clock)
             return min(self._evict(problem, self.fixed, clock), known, key=lambda answer: answer.cost)
-        low = least_peak(problem, clock.share(0.4), seed=self.seed, workers=self.workers)
+        long = problem.n > LONG
+        if long and clock.left <= 0:
+            return known
+        low = least_peak(problem, clock.share(0.1 if long else 0.4), seed=self.seed, workers=self.workers)
         if low.peak <= self.capacity:
             return answer_from_evictions(problem, low.order, set(), 0)
-        best = self._evict(problem, low.order, clock.share(0.5))
+        best = self._without_search(problem, low.order) if long else self._evict(problem, low.order, clock.share(0.5))
         if problem.is_chain:
             return best
         program = tuple(range(problem.n))
-        others = [known] if low.order == program or clock.left <= 0 else [known, self._evict(problem, program, clock)]
+        others = [known]
+        if low.order != program and clock.left > 0 and not long:
+            others.append(self._evict(problem, program, clock))
         best = min(best, *others, key=lambda answer: answer.cost)
         # What was proved of one order says nothing of the others.
         return replace(best, bound=min(best.cost, self._least_evictions(problem, low.bound - self.capacity)))
@@ -171,31 +185,65 @@ class Search:
         return max(cheapest, -(-excess * price // room))
 
     def _improve(self, problem: Problem, best: Answer, clock: Clock, keep: Callable[[Answer], None]) -> None:
-        """Frontier search and CP-SAT in turn, each from the best plan and bound so far, until one proves it.
+        """Frontier searches and CP-SAT in turn, each from the best plan and bound so far, until one proves it.
 
-        The frontier proves narrow problems at once and is the better beam; CP-SAT proves what is wide in orders
-        but short on choices.
+        A frontier proves narrow problems at once; the wide one, compiled, those whose orders are few for the bytes at
+        stake; windows better the plan of what is too wide; CP-SAT proves what is wide in orders but short on choices.
         """
-        widest = max(FIRST_WIDTH, LARGEST_FRONTIER // problem.n)
-        width = FIRST_WIDTH
-        while not best.proved and clock.left > 0:
-            last = width >= widest
-            best = search_frontier(problem, self.capacity, clock, best, width=min(width, widest), choices=width // 4)
+        if self.fixed is not None:
+            return
+        if problem.n > LONG:
+            # Of long programs nothing else comes to an end.
+            self._in_windows(problem, best, clock, keep)
+            return
+        early = clock.share(0.2) if problem.n > FEW else clock
+        best = search_frontier(problem, self.capacity, early, best, width=FIRST_WIDTH, choices=FIRST_WIDTH // 4)
+        keep(best)
+        if not best.proved and clock.left > 0:
+            # It brings the compiler along, which most networks never need.
+            from retensor.planning.wide import search_wide
+
+            best = search_wide(problem, self.capacity, clock.share(0.7), best, keep=keep)
             keep(best)
-            if not best.proved and clock.left > 0 and problem.n <= LARGEST_MODEL and (last or width == FIRST_WIDTH):
+        small = problem.n <= LARGEST_MODEL
+        if not best.proved and problem.n > FEW:
+            best = self._in_windows(problem, best, clock.share(0.5) if small else clock, keep)
+        if not best.proved and small and clock.left > 0:
 
-                def tell(cost: int, bound: int, best: Answer = best) -> None:
-                    keep(replace(best, cost=min(cost, best.cost), bound=max(bound, best.bound)))
+            def tell(cost: int, bound: int) -> None:
+                keep(replace(best, cost=min(cost, best.cost), bound=max(bound, best.bound)))
 
-                best = schedule_and_evict(
+            keep(
+                schedule_and_evict(
                     problem, self.capacity, clock, best, bound=best.bound, glued=glue(problem), seed=self.seed,
-                    workers=self.workers, time_limit=clock.left if last else clock.left / 2,
-                    tell=tell if self.progress else None,
+                    workers=self.workers, time_limit=clock.left, tell=tell if self.progress else None,
+                )
+            )  # fmt: skip
+
+    def _in_windows(self, problem: Problem, best: Answer, clock: Clock, keep: Callable[[Answer], None]) -> Answer:
+        """A better plan by large-neighbourhood search, and lower bounds by what any order must hold and move."""
+        from retensor.planning.improve import improve
+        from retensor.planning.lower import lower_bound
+
+        for share in (0.3, 1.0):
+            best = improve(problem, self.capacity, best, clock.share(share), seed=self.seed, keep=keep)
+            if share < 1:
+                bound = lower_bound(
+                    problem, self.capacity, best.order, best.cost, clock.share(0.5), seed=self.seed,
+                    workers=self.workers,
                 )  # fmt: skip
-                keep(best)
-            if last:
-                return
-            width *= 8
+                best = replace(best, bound=max(best.bound, bound))
+            keep(best)
+        return best
+
+    def _keep_order(self, problem: Problem, known: Answer, clock: Clock) -> Answer:
+        """The given order of a long program with good evictions, and a bound for that order."""
+        from retensor.planning.improve import improve
+        from retensor.planning.projection import projection_bound
+
+        best = improve(problem, self.capacity, known, clock.share(0.6), seed=self.seed, fixed=True)
+        bound = projection_bound(problem, self.capacity, best.order, clock, fixed=True)
+        return replace(best, bound=min(bound, best.cost))
 
     def _evict(self, problem: Problem, order: tuple[int, ...], clock: Clock) -> Answer:
         return keep_or_evict(problem, self.capacity, order, clock, seed=self.seed, workers=self.workers)
@@ -204,15 +252,27 @@ class Search:
 
     def _with_addresses(self) -> Layout | None:
         """Pack the parts' stays; solve again, with addresses, what does not pack. None where time ran out."""
-        while True:
+        while self.clock.left > 0 or self.problem.n <= LONG:
             order, stays = join(self.problem, self.solved)
             blocks = self._blocks(order, stays)
             quick = pack(blocks, self.scratchpad, self.problem.alignment, self.clock, exact=False, seed=self.seed)
+            if quick.addresses is None and self.spare is None:
+                self.spare = self._settle(order, stays)
+                if self.spare and (self.problem.n > LONG or traffic(self.problem, self.spare.stays) <= self.bound):
+                    return self.spare
             addresses = quick.addresses or self._pack_in_turn(blocks)
             if isinstance(addresses, tuple):
                 return self._layout(order, stays, addresses)
             if addresses is None or not self._place(addresses):
                 return None
+        return None
+
+    def _settle(self, order: tuple[int, ...], stays: tuple[Stay, ...]) -> Layout | None:
+        """A complete plan that is a little dearer, at worst; None out of time."""
+        answer = Answer(order, stays, traffic(self.problem, stays), self.bound)
+        clock = self.clock if self.problem.n > LONG else self.clock.share(0.3)
+        found = settle(self.problem, self.scratchpad, answer, clock, seed=self.seed, workers=self.workers)
+        return Layout(order, found.stays, found.addresses, found.transient_addresses) if found else None
 
     def _pack_in_turn(self, blocks: list[Block]) -> tuple[int, ...] | range | None:
         """Addresses part by part; or the parts that cannot be packed together; or None out of time.
@@ -305,15 +365,16 @@ class Search:
             orders.append(order)
         quick = problem.n * max(map(len, problem.touched)) <= QUICK
         policies: tuple[Replacement, ...] = ("belady", "greedy")
-        placements: tuple[Placement, ...] = ("online", "arena")
+        placements: tuple[Placement, ...] = ("online",) if problem.n > LONG else ("online", "arena")
         for order, placement, policy in product(dict.fromkeys(orders), placements, policies):
             # Placing as the steps come is quick, and no plan should be worse than the simplest baseline.
             due = placement == "online" and order == orders[0] and quick
             if runs and self.clock.left <= 0 and not due:
                 continue
-            runs.append((order, simulate(problem, order, self.scratchpad, policy, placement)))
+            runs.append((order, simulate(problem, order, self.scratchpad, policy, placement, self.clock)))
         order, held = min(runs, key=lambda run: traffic(problem, run[1].stays))
-        return Layout(order, held.stays, held.addresses, held.transient_addresses)
+        best = Layout(order, held.stays, held.addresses, held.transient_addresses)
+        return min((best, self.spare or best), key=lambda found: traffic(problem, found.stays))
 
     # -- progress -------------------------------------------------------------------------------
 
