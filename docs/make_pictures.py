@@ -1,7 +1,8 @@
 """Draws the pictures of the README into ``docs/images`` (or a folder named): ``python docs/make_pictures.py [folder]``.
 
 Each is what the command beneath it gives: ``retensor plan densenet121 --scratchpad M_H --picture``, ``--report`` of the
-same plan as a headless chromium shows it, and ``retensor sweep densenet121 --picture``. The dark ones differ in ink.
+same plan as a headless chromium shows it, and ``retensor sweep densenet121 --picture``. The growth curve is drawn from
+the results of ``retensor claims large``. The dark ones differ in ink.
 """
 
 import shutil
@@ -9,6 +10,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import claim_large
 
 import retensor as rt
 from retensor.cli import run
@@ -32,6 +36,7 @@ def draw(folder: Path) -> None:
         title = f"{graph.name}: off-chip traffic by scratchpad"
         plot_sweep(folder / f"sweep-{MODEL}-dark.svg", sweep(graph), title=title, dark=True)
         photograph(page, folder)
+    claim_large.draw(claim_large.measured(), folder)
 
 
 def photograph(page: Path, folder: Path) -> None:

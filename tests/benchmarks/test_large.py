@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-from benchmarks.claim_large import FAMILIES, GIBIBYTES, MINUTES, SIZES, Row, apart, draw, exponent, made, row_of
+from benchmarks.claim_large import (
+    FAMILIES,
+    GIBIBYTES,
+    MINUTES,
+    RESULTS,
+    SIZES,
+    SYNTHETIC,
+    Row,
+    _table,
+    apart,
+    draw,
+    exponent,
+    made,
+    measured,
+    row_of,
+)
 from benchmarks.synthetic import cells, layered
 
 from retensor.planning import Accelerator, bounds, plan, verify
@@ -50,6 +66,13 @@ def test_the_growth_curve_is_drawn_for_both_pages(tmp_path: Path) -> None:
     assert text != dark.read_text()
     draw(rows(1.2), tmp_path)
     assert light.read_text() == text
+
+
+def test_the_rows_of_the_picture_are_those_of_the_results() -> None:
+    found = measured()
+    assert {(row.source, row.operators) for row in found} == {(f, n) for f in FAMILIES for n in SIZES}
+    tables = json.loads(RESULTS.read_text())["tables"]
+    assert [_table(SYNTHETIC, found).rows] == [t["rows"] for t in tables if t["title"].startswith(SYNTHETIC)]
 
 
 def test_a_row_counts_what_the_verifier_counts() -> None:
