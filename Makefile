@@ -60,8 +60,8 @@ $(BASE)/bin/python:
 
 # The stamps are newer than what was installed from; an environment that is already there is kept.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	@echo "make: installing retensor[torch,dev] into $(VENV)" >&2
-	$(VENV)/bin/python $(PIP) --editable '.[torch,dev]'
+	@echo "make: installing retensor[all,dev] into $(VENV)" >&2
+	$(VENV)/bin/python $(PIP) --editable '.[all,dev]'
 	@touch $@
 
 $(BASE)/.installed: pyproject.toml constraints.txt | $(BASE)/bin/python

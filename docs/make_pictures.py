@@ -12,9 +12,8 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks import claim_large
-
 import retensor as rt
+from benchmarks import claim_large
 from retensor.cli import run
 from retensor.planning import plot_plan, plot_sweep, read_plan, sweep
 

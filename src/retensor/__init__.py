@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from retensor import costing, errors, graph, planning
+    from retensor import compression, costing, data, errors, graph, planning, replacing, systems
     from retensor.costing.compare import compare
     from retensor.costing.price import cost
     from retensor.costing.sheet import CostSheet
     from retensor.errors import GraphError, InfeasibleError, MissingExtraError, PlanError, RetensorError
     from retensor.planning.exact import plan
     from retensor.planning.plan import Accelerator
+    from retensor.replacing import fold, load, replace, save
 
-_MODULES = ("costing", "errors", "graph", "planning")
+_MODULES = ("compression", "costing", "data", "errors", "graph", "planning", "replacing", "systems")
 _NAMES = {
     "Accelerator": "retensor.planning.plan",
     "CostSheet": "retensor.costing",
@@ -35,7 +36,11 @@ _NAMES = {
     "RetensorError": "retensor.errors",
     "compare": "retensor.costing",
     "cost": "retensor.costing",
+    "fold": "retensor.replacing",
+    "load": "retensor.replacing",
     "plan": "retensor.planning",
+    "replace": "retensor.replacing",
+    "save": "retensor.replacing",
 }
 
 __all__ = [
@@ -48,12 +53,20 @@ __all__ = [
     "RetensorError",
     "__version__",
     "compare",
+    "compression",
     "cost",
     "costing",
+    "data",
     "errors",
+    "fold",
     "graph",
+    "load",
     "plan",
     "planning",
+    "replace",
+    "replacing",
+    "save",
+    "systems",
 ]
 
 

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from retensor.errors import RetensorError
 from retensor.files import write_atomic
+from retensor.systems import SYSTEMS, System
 
 SCHEMA = "retensor.claims/1"
 Verdict = Literal["held", "partly held", "not held"]
@@ -157,23 +158,52 @@ def write_table(folder: Path, target: Path) -> None:
 
 
 README_BLOCK = ("<!-- claims: made by retensor claims -->", "<!-- end of claims -->")
+SYSTEMS_BLOCK = ("<!-- systems: made by retensor claims -->", "<!-- end of systems -->")
+
+
+def status_of(system: System, folder: Path) -> str:
+    """How the claims about a system came out, by the results in a benchmarks folder: ``"3 held, 1 not held"``."""
+    verdicts = [
+        claim["verdict"] for result in _results(folder) if result["slug"] in system.claims for claim in result["claims"]
+    ]
+    kinds: tuple[Verdict, ...] = ("held", "partly held", "not held")
+    counts = [f"{verdicts.count(kind)} {kind}" for kind in kinds if kind in verdicts]
+    return ", ".join(counts) or "not measured"
 
 
 def write_readme(folder: Path, target: Path) -> None:
-    """Renew the table of claims in a README, between the two marks of ``README_BLOCK``; without marks, nothing."""
-    text = target.read_text() if target.is_file() else ""
-    begin, end = README_BLOCK
-    if begin not in text or end not in text:
-        return
+    """Renew the tables of claims and of systems in a README, between their marks; without marks, nothing."""
+    _renew(target, README_BLOCK, _claims_grid(folder))
+    systems = [
+        [
+            f"{system.name}: {system.does}",
+            f"`{system.module}`",
+            f"{system.authors}, [arXiv {system.arxiv}](https://arxiv.org/abs/{system.arxiv})",
+            status_of(system, folder),
+        ]
+        for system in SYSTEMS
+    ]
+    _renew(target, SYSTEMS_BLOCK, _grid(["System", "Where", "Paper", "Claims"], systems))
+
+
+def _claims_grid(folder: Path) -> list[str]:
     rows = [
         [result["system"].split(":")[0], claim["statement"], claim["baseline"], claim["ours"], claim["verdict"]]
         for result in _results(folder)
         for claim in result["claims"]
     ]
-    table = "\n".join(_grid(["System", "Claim", "Against", "Here", "Verdict"], rows))
+    return _grid(["System", "Claim", "Against", "Here", "Verdict"], rows)
+
+
+def _renew(target: Path, marks: tuple[str, str], lines: Sequence[str]) -> None:
+    """Put lines between two marks of a file, in the place of what stands there."""
+    text = target.read_text() if target.is_file() else ""
+    begin, end = marks
+    if begin not in text or end not in text:
+        return
     before, _, rest = text.partition(begin)
     after = rest.partition(end)[2]
-    write_atomic(target, f"{before}{begin}\n{table}\n{end}{after}")
+    write_atomic(target, "\n".join([f"{before}{begin}", *lines, f"{end}{after}"]))
 
 
 def _results(folder: Path) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from retensor.cli.graph import graph
 from retensor.cli.pack import pack
 from retensor.cli.plan import plan
 from retensor.cli.sweep import sweep
+from retensor.cli.systems import systems
 
 app = typer.Typer(
     name="retensor",
@@ -58,4 +59,5 @@ app.command(epilog="Example: retensor cost mobilenet_v2 resnet50 --dtype int8 --
 app.command(epilog="Example: retensor accelerators --json")(accelerators)
 app.command(epilog="Example: retensor pack buffers.csv --capacity 1MiB -o packed.csv --picture packed.svg")(pack)
 app.command(epilog="Example: retensor graph model.onnx --input image=1x3x224x224 -o graph.json")(graph)
+app.command(epilog="Example: retensor systems --json")(systems)
 app.command(epilog="Example: retensor claims cosma")(claims)

@@ -1,0 +1,306 @@
+"""``replace``: other modules in the places of layers, in a copy of the model."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import nn
+
+from retensor.files import described
+from retensor.replacing.match import Pattern, meaning, shown, suggestions
+
+Maker: TypeAlias = "nn.Module | Callable[[nn.Module], nn.Module | None]"
+"""A module, which is copied into every place, or a function of the layer that returns what to put there."""
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def replace(
+    model: nn.Module,
+    replacements: Mapping[Any, Maker],
+    *,
+    tied: Literal["refuse", "both"] = "refuse",
+    unmatched: Literal["raise", "warn", "ignore"] = "raise",
+) -> nn.Module:
+    """Put other modules in the places of layers.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Left as it is; the result is a copy.
+    replacements : mapping of pattern to module or function
+        A pattern is a glob of names, a class of layers, or a function of name and module
+        (:func:`retensor.replacing.matching`). The first pattern that means a layer takes it, and outer layers go before
+        what is inside them. A function is given the layer (of the copy) and returns what stands in its place, the
+        layer itself or None to leave it; a module is copied into every place.
+    tied : {"refuse", "both"}
+        What to do where a layer shares a parameter with another one and the replacement does not keep it: refuse, or
+        replace all its owners by the same function. What comes out equal then is tied again.
+    unmatched : {"raise", "warn", "ignore"}
+        What to do with patterns that mean no layer.
+
+    Returns
+    -------
+    nn.Module
+        In every place the hooks, device, training mode and, where it is one for the whole layer, floating-point type
+        of the layer that stood there. A layer used in several places is replaced in all, by one module.
+
+    Raises
+    ------
+    TypeError
+        Where an argument or what a function returned is of another kind.
+    ValueError
+        Where a pattern means nothing, tied parameters would part, or the layer is one whose weights its parent reads
+        without calling it (``out_proj`` of ``nn.MultiheadAttention``).
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> replace(net, {"1": nn.GELU(), nn.Linear: lambda layer: None})
+    Sequential(
+      (0): Linear(in_features=4, out_features=8, bias=True)
+      (1): GELU(approximate='none')
+      (2): Linear(in_features=8, out_features=2, bias=True)
+    )
+    """
+    _check(model, replacements, tied, unmatched)
+    model = copied(model)
+    names: dict[int, list[str]] = {}
+    modules: dict[int, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+        modules[id(module)] = module
+    chosen = _choose(modules, names, replacements, unmatched)
+    made = {key: _made(modules[key], maker, names[key][0]) for key, maker in chosen.items()}
+    _keep_ties(model, modules, names, chosen, made, tied)
+    for key, new in made.items():
+        settle(modules[key], new)
+    root = made.get(id(model), model)
+    for key, new in made.items():
+        if new is not modules[key] and modules[key] is not model:
+            for name in names[key]:
+                put(model, name, new)
+    return root
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy of a model, or a sentence that says why there is none."""
+    try:
+        return copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"the {type(model).__name__} cannot be copied: {error}; detach the tensors it holds besides its parameters"
+        ) from error
+
+
+def settle(old: nn.Module, new: nn.Module) -> None:
+    """Give a module the hooks, device, type and training mode of the one it stands for, which loses its hooks."""
+    if new is old:
+        return
+    tensors = [*old.parameters(), *old.buffers()]
+    types = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    devices = {tensor.device for tensor in tensors}
+    mine = [*new.parameters(), *new.buffers()]
+    if len(devices) == 1 and any(tensor.device not in devices for tensor in mine):
+        new.to(device=devices.pop())
+    floats = {tensor.dtype for tensor in mine if tensor.is_floating_point()}
+    # Complex parts would be cut off by a change to a real type.
+    if len(types) == 1 and floats - types and not any(tensor.is_complex() for tensor in mine):
+        new.to(dtype=types.pop())
+    new.train(old.training)
+    for label in _HOOKS:
+        getattr(new, label).update(getattr(old, label))
+        # The old module may go on inside the new one; its hooks would then run twice.
+        getattr(old, label).clear()
+    if new._backward_hooks and new._is_full_backward_hook is None:
+        new._is_full_backward_hook = old._is_full_backward_hook
+
+
+def put(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put a module in the place of that name, and keep parents from reading the weights of the one that was there."""
+    parent_name, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    if isinstance(parent, nn.MultiheadAttention):
+        raise ValueError(
+            f"'{name}' cannot be replaced: nn.MultiheadAttention reads its weight and never calls it; replace the "
+            f"whole '{parent_name}' by an attention of plain layers"
+        )
+    parent._modules[leaf] = new
+    for depth in range(name.count(".") + 1):
+        above = model.get_submodule(".".join(name.split(".")[:depth]))
+        if isinstance(above, nn.TransformerEncoderLayer):
+            # Its fused path takes the weights of its layers; this flag sends it the plain way.
+            above.activation_relu_or_gelu = 0
+        elif isinstance(above, nn.TransformerEncoder):
+            above.use_nested_tensor = False
+
+
+def _check(model: Any, replacements: Any, tied: Any, unmatched: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"layers of an nn.Module are replaced, not of {described(model)}")
+    if not isinstance(replacements, Mapping) or not replacements:
+        raise TypeError(
+            f"replacements are a mapping such as {{'blocks.*.mlp': make}} with at least one pattern, "
+            f"not {described(replacements)}"
+        )
+    for pattern, maker in replacements.items():
+        meaning(pattern)
+        if not isinstance(maker, nn.Module) and not callable(maker):
+            raise TypeError(
+                f"the replacement for {shown(pattern)} is {described(maker)}; a module or a function of the layer is "
+                "needed"
+            )
+        if isinstance(maker, type) and issubclass(maker, nn.Module):
+            raise TypeError(
+                f"the replacement for {shown(pattern)} is the class {maker.__name__}; give a module, or a function of "
+                f"the layer such as lambda layer: {maker.__name__}(...)"
+            )
+    if tied not in ("refuse", "both"):
+        raise ValueError(f"tied is {described(tied)}; it is 'refuse' or 'both'")
+    if unmatched not in ("raise", "warn", "ignore"):
+        raise ValueError(f"unmatched is {described(unmatched)}; it is 'raise', 'warn' or 'ignore'")
+
+
+def _choose(
+    modules: dict[int, nn.Module],
+    names: dict[int, list[str]],
+    replacements: Mapping[Any, Maker],
+    unmatched: str,
+) -> dict[int, Maker]:
+    """The maker of every layer that is to be replaced, by the layer's identity; nothing inside a replaced layer."""
+    patterns: list[tuple[Pattern, Callable[[str, nn.Module], bool], Maker]] = [
+        (pattern, meaning(pattern), maker) for pattern, maker in replacements.items()
+    ]
+    used: set[int] = set()
+    chosen: dict[int, Maker] = {}
+    inside: dict[int, str] = {}
+    # Names come outermost first.
+    for key, module in modules.items():
+        matched = [i for i, (_, meant, _) in enumerate(patterns) if any(meant(name, module) for name in names[key])]
+        if key in inside:
+            continue
+        used.update(matched)
+        if matched:
+            chosen[key] = patterns[matched[0]][2]
+            for child in module.modules():
+                if child is not module:
+                    inside[id(child)] = names[key][0]
+    idle = [pattern for i, (pattern, _, _) in enumerate(patterns) if i not in used]
+    if idle and unmatched != "ignore":
+        within = {name: inside[key] for key in inside for name in names[key]}
+        told = "; ".join(_idle(pattern, modules, names, within) for pattern in idle)
+        if unmatched == "raise":
+            raise ValueError(told)
+        warnings.warn(told, stacklevel=3)
+    return chosen
+
+
+def _idle(pattern: Any, modules: dict[int, nn.Module], names: dict[int, list[str]], within: Mapping[str, str]) -> str:
+    """What to say of a pattern that took no layer."""
+    meant = meaning(pattern)
+    for key, module in modules.items():
+        for name in names[key]:
+            if name in within and meant(name, module):
+                outer = within[name]
+                return (
+                    f"pattern {shown(pattern)} means only what lies in replaced layers, such as '{name}' in '{outer}'"
+                )
+    return f"pattern {shown(pattern)} means no layer; {suggestions(pattern, itertools.chain(*names.values()))}"
+
+
+def _made(layer: nn.Module, maker: Maker, name: str) -> nn.Module:
+    new = copy.deepcopy(maker) if isinstance(maker, nn.Module) else maker(layer)
+    if new is None:
+        return layer
+    if not isinstance(new, nn.Module):
+        raise TypeError(f"the replacement for '{name}' came out as {described(new)}; a module is needed")
+    return new
+
+
+Owner = tuple[int, str]
+"""A module's identity and the name of a parameter it holds itself."""
+
+
+def _keep_ties(
+    model: nn.Module,
+    modules: dict[int, nn.Module],
+    names: dict[int, list[str]],
+    chosen: dict[int, Maker],
+    made: dict[int, nn.Module],
+    tied: str,
+) -> None:
+    """See that no parameter of several owners is kept by some of them and lost by others."""
+    owners: dict[int, list[Owner]] = {}
+    for key, module in modules.items():
+        for label, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((key, label))
+    for parameter, group in owners.items():
+        if len(group) < 2:
+            continue
+        places = {key: _place(modules, key, made) for key, _ in group}
+        lost = [
+            owner for owner in group
+            if (place := places[owner[0]]) is not None
+            and all(id(p) != parameter for p in made[place].parameters())
+        ]  # fmt: skip
+        if not lost or (len(set(places.values())) == 1 and None not in places.values()):
+            # Kept by all, or all owners lie in one replaced layer, whose replacement is one module.
+            continue
+        told = [f"{names[key][0]}.{label}".lstrip(".") for key, label in group]
+        if tied == "refuse":
+            raise ValueError(
+                f"{' and '.join(repr(name) for name in told)} are one tensor, which replacing would part; leave the "
+                "layer out, or pass tied='both' to replace all its owners"
+            )
+        maker = chosen[places[lost[0][0]] or lost[0][0]]
+        for key, _ in group:
+            if places[key] is None:
+                places[key] = key
+                chosen[key] = maker
+                made[key] = _made(modules[key], maker, names[key][0])
+        first, *rest = dict.fromkeys(place for place in places.values() if place is not None)
+        for other in rest:
+            if not _tie(made[first], made[other]):
+                raise ValueError(
+                    f"{' and '.join(repr(name) for name in told)} are one tensor, but their replacements have no equal "
+                    "parameter of one name; return modules that can share one"
+                )
+
+
+def _place(modules: dict[int, nn.Module], key: int, made: dict[int, nn.Module]) -> int | None:
+    """The replaced layer that a module is or lies in."""
+    if key in made:
+        return key
+    return next((place for place in made if any(id(child) == key for child in modules[place].modules())), None)
+
+
+def _tie(first: nn.Module, other: nn.Module) -> bool:
+    """Let ``other`` use the parameters of ``first`` that are equal to its own in name, shape and value."""
+    mine = dict(first.named_parameters())
+    done = False
+    for name, parameter in list(other.named_parameters()):
+        same = mine.get(name)
+        if same is None or same.shape != parameter.shape or same.dtype != parameter.dtype:
+            continue
+        if same is parameter:
+            done = True
+        elif torch.equal(same, parameter):
+            path, _, leaf = name.rpartition(".")
+            other.get_submodule(path)._parameters[leaf] = same
+            done = True
+    return done

@@ -1,0 +1,288 @@
+"""Models with replacements as files: tensors as safetensors, and a JSON header that says how to rebuild the rest.
+
+The header holds, under the key ``retensor``, ``{"schema": "retensor.state/1", "replacements": [{"name", "kind",
+"config"}], "parametrizations": [{"name", "tensor", "kind", "config"}], "shared": {name: name of the same module},
+"tied": {name: name of the tensor kept}}``.
+Reading one runs no code: kinds are looked up among classes that are there, and values are checked by name and shape.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from retensor.errors import MissingExtraError, RetensorError
+from retensor.files import brief, broken_link, described, write_atomic
+from retensor.replacing.kinds import Reparametrization, Replacement, _Kind, kind_named
+from retensor.replacing.replace import copied, put, settle
+
+SCHEMA = "retensor.state/1"
+KEY = "retensor"
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a model's state, and what its replacements are, to one safetensors file.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Replacements and parametrizations of this library are described in the header; of everything else only the
+        tensors are kept, so that :func:`load` needs the model that was replaced in.
+    path : str or path
+        Written whole or not at all.
+
+    Raises
+    ------
+    TypeError
+        Where it is no module.
+    RetensorError
+        Where the file cannot be written, or a replacement has no ``config``.
+    MissingExtraError
+        Where safetensors is not installed.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the state of an nn.Module is saved, not of {described(model)}")
+    tensors, tied = _state(model)
+    replacements: list[dict[str, Any]] = []
+    parametrizations: list[dict[str, Any]] = []
+    shared: dict[str, str] = {}
+    seen: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if any(_inside(name, outer) for outer in (*seen.values(), *shared)):
+            continue
+        if isinstance(module, Replacement):
+            if id(module) in seen:
+                shared[name] = seen[id(module)]
+                continue
+            seen[id(module)] = name
+            replacements.append({"name": name, **_described(module, name)})
+        elif parametrize.is_parametrized(module):
+            parametrizations.extend(
+                {"name": name, "tensor": label, **_described(step, name)}
+                for label, steps in module.parametrizations.items()
+                for step in steps
+                if isinstance(step, Reparametrization)
+            )
+    header = {
+        "schema": SCHEMA,
+        "replacements": replacements,
+        "parametrizations": parametrizations,
+        "shared": shared,
+        "tied": tied,
+    }
+    write_atomic(path, _safetensors().save(tensors, metadata={KEY: json.dumps(header)}))
+
+
+def load(path: str | os.PathLike[str], base: nn.Module | None = None) -> nn.Module:
+    """Rebuild a model that :func:`save` wrote.
+
+    Parameters
+    ----------
+    path : str or path
+    base : nn.Module, optional
+        A model like the one that was replaced in, such as ``timm.create_model(...)``; its values do not matter, and it
+        stays as it is. Not needed where the file describes the whole model.
+
+    Returns
+    -------
+    nn.Module
+        In training mode where ``base`` is.
+
+    Raises
+    ------
+    RetensorError
+        Where the file is missing, damaged, of another kind, or does not fit ``base``: the first name that differs, or
+        the shapes.
+    TypeError
+        Where ``base`` is no module.
+    """
+    if base is not None and not isinstance(base, nn.Module):
+        raise TypeError(f"the base of a saved state is an nn.Module, not {described(base)}")
+    shown = brief(path)
+    tensors, header = _read(Path(path), shown)
+    model = _rebuilt(base, header, shown)
+    for name, kept in header["tied"].items():
+        if kept not in tensors or name in tensors:
+            raise RetensorError(f"'{shown}' ties '{brief(name)}' to '{brief(kept)}', which it does not hold")
+        tensors[name] = tensors[kept]
+    mine = model.state_dict(keep_vars=True)
+    _compare({name: tuple(t.shape) for name, t in tensors.items()}, _shapes(mine), shown)
+    model.load_state_dict(tensors)
+    _tie(model, header["tied"])
+    return model
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a saved state says of itself, without its tensors."""
+    return _read(Path(path), brief(path), values=False)[1]
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise MissingExtraError("keeping a model's state", "torch") from error
+    return safetensors.torch
+
+
+def _state(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors by name, each stored once, and the names that stand for one that is kept under another."""
+    tensors: dict[str, torch.Tensor] = {}
+    tied: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, torch.Tensor):
+            raise RetensorError(f"'{name}' of the model's state is {described(tensor)}; only tensors are kept")
+        key = (
+            tensor.untyped_storage().data_ptr(),
+            tensor.storage_offset(),
+            tuple(tensor.shape),
+            tensor.stride(),
+            tensor.dtype,
+        )
+        if tensor.numel() and key in seen:
+            tied[name] = seen[key]
+            continue
+        seen[key] = name
+        # Views of one storage would be refused.
+        tensors[name] = tensor.detach().cpu().contiguous().clone()
+    return tensors, tied
+
+
+def _described(module: _Kind, name: str) -> dict[str, Any]:
+    try:
+        config = module.config()
+    except NotImplementedError as error:
+        raise RetensorError(f"'{name}': {error}") from None
+    return {"kind": module.kind(), "config": config}
+
+
+def _inside(name: str, outer: str) -> bool:
+    return not outer or name == outer or name.startswith(f"{outer}.")
+
+
+def _read(path: Path, shown: str, values: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    _safetensors()
+    from safetensors import SafetensorError, safe_open
+
+    if (fault := broken_link(path)) is not None:
+        raise RetensorError(f"'{shown}' {fault}; give the path of a saved state")
+    if not path.is_file():
+        what = "is no ordinary file" if path.exists() else "is not there"
+        raise RetensorError(f"'{shown}' {what}; give the path of a saved state")
+    try:
+        with safe_open(path, "pt") as stream:
+            metadata = stream.metadata() or {}
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()} if values else {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise RetensorError(f"'{shown}' is no whole safetensors file: {brief(error)}") from None
+    if KEY not in metadata:
+        raise RetensorError(f"'{shown}' is a safetensors file that retensor did not write; load it into a plain model")
+    try:
+        header = json.loads(metadata[KEY])
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict) or header.get("schema") != SCHEMA:
+        raise RetensorError(f"'{shown}' has no header of schema '{SCHEMA}'")
+    lists = all(_entries(header.get(part), keys) for part, keys in _PARTS.items())
+    maps = all(
+        isinstance(header.get(part), dict) and all(isinstance(kept, str) for kept in header[part].values())
+        for part in ("shared", "tied")
+    )
+    if not lists or not maps:
+        raise RetensorError(f"the header of '{shown}' is damaged; save the model anew")
+    return tensors, header
+
+
+_PARTS = {"replacements": {"name", "kind", "config"}, "parametrizations": {"name", "tensor", "kind", "config"}}
+
+
+def _entries(given: Any, keys: set[str]) -> bool:
+    return isinstance(given, list) and all(
+        isinstance(entry, dict)
+        and set(entry) == keys
+        and isinstance(entry["config"], dict)
+        and all(isinstance(entry[key], str) for key in keys - {"config"})
+        for entry in given
+    )
+
+
+def _rebuilt(base: nn.Module | None, header: Mapping[str, Any], shown: str) -> nn.Module:
+    whole = [entry for entry in header["replacements"] if not entry["name"]]
+    if whole:
+        model = _module(whole[0], Replacement, shown)
+        if base is not None:
+            model.train(base.training)
+        return model
+    if base is None:
+        raise RetensorError(f"'{shown}' holds a part of a model; give the model it was replaced in as base")
+    model = copied(base)
+    for entry in header["replacements"]:
+        name = entry["name"]
+        new = _module(entry, Replacement, shown)
+        settle(_found(model, name, shown), new)
+        put(model, name, new)
+    for name, same in header["shared"].items():
+        _found(model, name, shown)
+        put(model, name, _found(model, same, shown))
+    for entry in header["parametrizations"]:
+        layer = _found(model, entry["name"], shown)
+        if not isinstance(getattr(layer, entry["tensor"], None), torch.Tensor):
+            raise RetensorError(f"'{brief(entry['name'])}' of the base has no tensor '{brief(entry['tensor'])}'")
+        step = _module(entry, Reparametrization, shown).to(getattr(layer, entry["tensor"]).device)
+        # Values come from the file: none is worked out from the base's.
+        parametrize.register_parametrization(layer, entry["tensor"], step, unsafe=True)
+    return model
+
+
+def _found(model: nn.Module, name: str, shown: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise RetensorError(
+            f"'{shown}' replaces '{brief(name)}', which the base lacks; give a model like the one it was saved from"
+        ) from None
+
+
+def _module(entry: Mapping[str, Any], family: type[_Kind], shown: str) -> nn.Module:
+    kind = kind_named(entry["kind"])
+    if not issubclass(kind, family):
+        raise RetensorError(f"'{shown}' has {entry['kind']} in the place of another kind of part")
+    try:
+        return kind.from_config(entry["config"])
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, OverflowError, MemoryError) as error:
+        raise RetensorError(f"'{shown}' describes a {kind.__name__} that cannot be made: {brief(error)}") from None
+
+
+def _tie(model: nn.Module, tied: Mapping[str, str]) -> None:
+    """Let the parameters that were one tensor be one again."""
+    for name, kept in tied.items():
+        (path, _, leaf), (other, _, label) = name.rpartition("."), kept.rpartition(".")
+        owner, source = model.get_submodule(path), model.get_submodule(other)
+        if owner._parameters.get(leaf) is not None and source._parameters.get(label) is not None:
+            owner._parameters[leaf] = source._parameters[label]
+
+
+def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _compare(theirs: Mapping[str, tuple[int, ...]], ours: Mapping[str, tuple[int, ...]], shown: str) -> None:
+    strange = [name for name in theirs if name not in ours]
+    absent = [name for name in ours if name not in theirs]
+    if strange or absent:
+        what = f"holds '{brief(strange[0])}', which the model lacks" if strange else f"lacks '{absent[0]}'"
+        raise RetensorError(f"'{shown}' {what}; give a model like the one it was saved from")
+    for name, shape in theirs.items():
+        if shape != ours[name]:
+            raise RetensorError(
+                f"'{brief(name)}' has shape {list(shape)} in '{shown}' and {list(ours[name])} in the model; give a "
+                "model like the one it was saved from"
+            )
