@@ -31,8 +31,10 @@ FAMILIES = ("layered", "cells")
 SIZES = (1_000, 2_000, 5_000, 10_000, 20_000)
 SECONDS_AN_OPERATOR = 0.009
 """Time limit of the synthetic graphs: three minutes for 20,000 operators."""
-NEAR = 1.1
-"""A plan is good once it moves at most so many times the bytes of the one at the end."""
+GOOD = 0.3
+"""A plan is good once it moves at most this part of Belady's bytes."""
+FITTED = 2_000
+"""Operators from which the growth is fitted: what smaller graphs take is mostly the start."""
 MINUTES, GIBIBYTES = 5, 4
 TITLE = "Planning and verifying synthetic graphs at M_R"
 SYNTHETIC = "Synthetic graphs"
@@ -42,7 +44,8 @@ SYNTHETIC = "Synthetic graphs"
 class Row:
     """One graph, planned at M_R.
 
-    ``good`` is the seconds until the plan was good (see ``NEAR``), ``seconds`` the whole call.
+    ``good`` is the seconds until the plan was good (see ``GOOD``; the whole call where it never was), ``seconds`` the
+    whole call.
     """
 
     source: str
@@ -85,6 +88,8 @@ def row_of(source: str, operators: int, limit: float) -> Row:
     """Plan and verify one graph in this process."""
     graph = made(source, operators)
     accelerator = Accelerator("M_R")
+    # What is compiled once on a machine, and imported once in a process, is no part of the growth.
+    plan(made("layered", 200), accelerator, time_limit=3)
     seen: list[tuple[float, int]] = []
 
     def note(report: Progress) -> None:
@@ -98,10 +103,9 @@ def row_of(source: str, operators: int, limit: float) -> Row:
     verified = time.perf_counter()
     if counted != found.non_compulsory_bytes:
         raise AssertionError(f"{source}: the verifier counts other bytes")
-    last = seen[-1][1] if seen else 0
-    good = min((seconds for seconds, cost in seen if cost <= NEAR * last), default=planned - begun)
     memory = peak_memory()
     belady = baseline(graph, accelerator, placement="online").non_compulsory_bytes
+    good = min((seconds for seconds, cost in seen if cost <= GOOD * belady), default=planned - begun)
     first = seen[0][0] if seen else planned - begun
     return Row(
         source, len(graph.operators), len(graph.tensors), found.scratchpad_bytes, belady, counted, found.bound_bytes,
@@ -123,8 +127,8 @@ def apart(source: str, operators: int, limit: float) -> Row:
 
 
 def exponent(rows: Sequence[Row], value: Callable[[Row], float]) -> float:
-    """Slope of a straight line through the logarithms: 1 where a value grows with the operators."""
-    points = [(math.log(row.operators), math.log(max(value(row), 1e-3))) for row in rows]
+    """Slope of a straight line through the logarithms, from ``FITTED`` on: 1 where a value grows with the operators."""
+    points = [(math.log(row.operators), math.log(max(value(row), 1e-3))) for row in rows if row.operators >= FITTED]
     x, y = (sum(point[k] for point in points) / len(points) for k in (0, 1))
     return sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
 
@@ -177,16 +181,16 @@ def _growth(rows: Sequence[Row]) -> Claim:
         good, verifying, memory = (
             exponent(mine, lambda row, field=field: asdict(row)[field]) for field in ("good", "verifying", "memory")
         )
-        small, large = (row.cost / row.belady for row in (mine[1], mine[-1]))
+        small, large = (row.cost / row.belady for row in (next(r for r in mine if r.operators == FITTED), mine[-1]))
         held = held and max(good, verifying, memory) <= 1.2 and large <= 1.2 * small
         parts.append(
             f"{family}: {good:.2f} (verifying {verifying:.2f}, memory {memory:.2f}), {large:.0%} of Belady's bytes at "
-            f"{mine[-1].operators:,} operators, {small:.0%} at {mine[1].operators:,}"
+            f"{mine[-1].operators:,} operators, {small:.0%} at {FITTED:,}"
         )
     return Claim(
         "(ours) In time and memory near-linear in the operators, plans stay as good.",
-        f"{min(SIZES):,} to {max(SIZES):,} operators, time limit in proportion; seconds until the bytes are within "
-        f"{NEAR - 1:.0%} of those at the end",
+        f"{FITTED:,} to {max(SIZES):,} operators, time limit in proportion; seconds until the bytes are at most "
+        f"{GOOD:.0%} of Belady's",
         "an exponent of 1 is linear growth; Belady's replacement, placed as the steps come",
         "no figure",
         "exponents: " + "; ".join(parts),

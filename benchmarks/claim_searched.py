@@ -33,6 +33,8 @@ from retensor.planning import (
 from retensor.planning.baselines import Placement
 
 TIME_LIMIT = 120.0
+ENOUGH = 0.85
+"""What the paper says is removed of the baselines' bytes."""
 FLOAT = 4
 """Bytes of a 32-bit float for one of the 8-bit plan."""
 
@@ -48,6 +50,7 @@ class Row:
     plan: Plan
     seconds: float
     heuristic: int
+    heuristic_seconds: float
     baselines: dict[Placement, list[int]]
     runs_bit_equal: bool
 
@@ -70,7 +73,9 @@ def rows_of(network: str, budgets: tuple[str, ...] = BUDGETS, run: bool = True) 
             ours = plan(graph, accelerator, parameters=parameters, time_limit=TIME_LIMIT)
             seconds = time.perf_counter() - started
             _verified(graph, ours)
+            started = time.perf_counter()
             divided = divide_and_conquer(graph, accelerator, parameters=parameters, time_limit=TIME_LIMIT)
+            divided_seconds = time.perf_counter() - started
             theirs: dict[Placement, list[int]] = {
                 placement: [
                     _verified(
@@ -93,6 +98,7 @@ def rows_of(network: str, budgets: tuple[str, ...] = BUDGETS, run: bool = True) 
                 ours,
                 seconds,
                 _verified(graph, divided),
+                divided_seconds,
                 theirs,
                 runs,
             )
@@ -120,8 +126,13 @@ def measure(progress: Callable[[str], None]) -> Report:
     for network in SEARCHED_NETWORKS:
         progress(network)
         rows += rows_of(network)
-    costly = [row for row in rows if row.mean]
+    # Budgets that are the same bytes are one case, not three.
+    cases = {(row.network, row.parameters, row.plan.scratchpad_bytes): row for row in rows}
+    costly = [row for row in cases.values() if row.mean]
     reduction = statistics.mean(row.reduction for row in costly)
+    halves = [statistics.mean(row.reduction for row in costly if row.parameters == p) for p in (False, True)]
+    enough = [row for row in costly if row.reduction >= ENOUGH]
+    short = [row for row in costly if row.reduction < ENOUGH]
     proved = sum(row.plan.status == "optimal" for row in rows)
     gap = max(row.plan.gap for row in rows)
     slowest = max(rows, key=lambda row: row.seconds)
@@ -135,11 +146,28 @@ def measure(progress: Callable[[str], None]) -> Report:
             "other schemes, in about two minutes.",
             setting,
             "mean of the four baselines in both placements, where it is above 0",
-            "85 %",
-            f"{reduction:.1%} by proved plans ({len(costly)} of {len(rows)} rows with baseline traffic); at M_R "
-            f"{statistics.mean(row.reduction for row in costly if row.budget == 'M_R'):.1%}",
-            "held" if reduction >= 0.85 else "partly held" if reduction > 0.5 else "not held",
-            "" if reduction >= 0.85 else f"{proved} of {len(rows)} plans are proved optimal: no plan removes more",
+            "85 %, about two minutes",
+            f"{reduction:.1%} over the {len(costly)} scratchpads where baselines have traffic ({halves[0]:.1%} "
+            f"activations alone, {halves[1]:.1%} with parameters), by proved plans, which the heuristic meets in "
+            f"{len(rows) - below} of {len(rows)} rows; it takes "
+            f"{statistics.median(row.heuristic_seconds for row in rows):.1f} s at the median, "
+            f"{max(row.heuristic_seconds for row in rows):.1f} s at most",
+            "held" if reduction >= ENOUGH else "partly held" if reduction > 0.5 else "not held",
+            "" if reduction >= ENOUGH else f"{proved} of {len(rows)} plans are proved optimal: no plan removes more",
+        ),
+        Claim(
+            "(ours) Each plan of a searched network lies at least 85 % below the mean of the baselines with traffic.",
+            setting,
+            "mean of the four baselines in both placements, where it is above 0",
+            "85 % on average",
+            f"{len(enough)} of {len(costly)} scratchpads; the others "
+            + ", ".join(
+                f"{row.network} {'with parameters ' if row.parameters else ''}{row.budget} {row.reduction:.0%}"
+                for row in short
+            ),
+            "held" if not short else "partly held",
+            f"{sum(row.plan.status == 'optimal' for row in short)} of the {len(short)} others are proved optimal: no "
+            "plan lies lower",
         ),
         Claim(
             "(ours) Searched networks are planned with proof, within two minutes.",
@@ -172,8 +200,9 @@ def _table(rows: list[Row]) -> Table:
         "Searched networks: non-compulsory bytes, 8-bit tensors",
         [
             "Network", "Operators", "Setting", "Budget", "Scratchpad", "COSMA", "Bound", "Seconds",
-            "Divide and conquer", *(f"{name} ({placement})" for placement in PLACEMENTS for name in names),
-            "Runs bit-equal",
+            "Divide and conquer", "Divide and conquer, seconds",
+            *(f"{name} ({placement})" for placement in PLACEMENTS for name in names),
+            "Below their mean", "Runs bit-equal",
         ],
         [
             [
@@ -186,8 +215,10 @@ def _table(rows: list[Row]) -> Table:
                 row.plan.bound_bytes,
                 round(row.seconds, 3),
                 row.heuristic,
+                round(row.heuristic_seconds, 3),
                 *row.baselines["online"],
                 *row.baselines["arena"],
+                f"{row.reduction:.1%}" if row.mean else "none has traffic",
                 "yes" if row.runs_bit_equal else "no",
             ]
             for row in rows

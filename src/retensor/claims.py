@@ -75,6 +75,8 @@ class Report:
     claims: Sequence[Claim]
     tables: Sequence[Table] = field(default_factory=tuple)
     libraries: Sequence[str] = ()
+    environment: Sequence[str] = ()
+    """Variables that named what it was measured against, such as a peer's program; without them it is not repeated."""
 
 
 Measure = Callable[[Callable[[str], None]], Report]
@@ -95,18 +97,32 @@ def run_claims(folder: Path, slugs: Sequence[str], progress: Callable[[str], Non
     Raises
     ------
     RetensorError
-        Where a slug has no file.
+        Where a slug has no file, or needs a variable that is not set.
     """
     files = find_claims(folder)
     for slug in slugs:
         if slug not in files:
             raise RetensorError(f"no claim is named '{slug}'; there are: {', '.join(files)}")
+        if unset := _unset(folder, slug):
+            raise RetensorError(
+                f"'{slug}' was measured against what {' and '.join(unset)} named; set it as {files[slug].name} says, "
+                f"or remove results/{slug}.json to measure without"
+            )
     reports = []
     for slug in slugs or files:
+        if unset := _unset(folder, slug):
+            progress(f"'{slug}' is left as it is: {' and '.join(unset)} is not set")
+            continue
         report = load_measure(files[slug])(progress)
         save(report, folder)
         reports.append(report)
     return reports
+
+
+def _unset(folder: Path, slug: str) -> list[str]:
+    """Variables that a result was measured with and that are not set now."""
+    found = next((result for result in _results(folder) if result["slug"] == slug), {})
+    return [name for name in found.get("environment", ()) if not os.environ.get(name)]
 
 
 def load_measure(path: Path) -> Measure:
@@ -132,7 +148,7 @@ def save(report: Report, folder: Path) -> Path:
     target.parent.mkdir(exist_ok=True)
     content = {
         "schema": SCHEMA,
-        "command": f"retensor claims {report.slug}",
+        "command": " ".join([*(f"{name}=..." for name in report.environment), f"retensor claims {report.slug}"]),
         "commit": _commit(folder),
         "python": platform.python_version(),
         "cores": os.cpu_count(),

@@ -54,6 +54,7 @@ def bounds(
     alignment: int = 1,
     time_limit: float = 60.0,
     seed: int = 0,
+    workers: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> Bounds:
     """``M_R``, ``M_P`` with its schedule, and ``M_H`` of a graph.
@@ -67,6 +68,12 @@ def bounds(
         Tensors take whole multiples of it, in bytes.
     time_limit : float
         Seconds. On running out, ``m_p_bound`` may be below ``m_p``.
+    seed : int
+        Of the search's random choices.
+    workers : int, optional
+        Threads of the solver; all cores by default.
+    progress : callable, optional
+        Called with a :class:`~retensor.planning.progress.Progress` after each part of the graph.
 
     Examples
     --------
@@ -79,14 +86,20 @@ def bounds(
     """
     check_graph(graph)
     check_alignment(alignment)
-    check_search(time_limit, seed)
+    check_search(time_limit, seed, workers)
     clock = Clock(time_limit)
     with stop_on_interrupt(clock):
-        return _bounds(graph, parameters, alignment, clock, seed, progress)
+        return _bounds(graph, parameters, alignment, clock, seed, workers, progress)
 
 
 def _bounds(
-    graph: Graph, parameters: bool, alignment: int, clock: Clock, seed: int, progress: ProgressCallback | None
+    graph: Graph,
+    parameters: bool,
+    alignment: int,
+    clock: Clock,
+    seed: int,
+    workers: int | None,
+    progress: ProgressCallback | None,
 ) -> Bounds:
     m_r, operator = minimum_required(graph, parameters, alignment)
     problem = postpone(build_problem(graph, parameters, alignment))
@@ -99,7 +112,7 @@ def _bounds(
     for done, part in enumerate(parts):
         key = part.problem.shape_key
         if key not in known:
-            known[key] = least_peak(part.problem, clock, seed=seed, enough=enough)
+            known[key] = least_peak(part.problem, clock, seed=seed, workers=workers, enough=enough)
         found = known[key]
         order += [problem.operators[part.operators[o - part.shift]] for o in found.order if o >= part.shift]
         peak, bound = max(peak, found.peak), max(bound, found.bound)
@@ -112,7 +125,13 @@ def _bounds(
 
 
 def resolve_scratchpad(
-    graph: Graph, accelerator: Accelerator, parameters: bool, *, time_limit: float = 60.0, seed: int = 0
+    graph: Graph,
+    accelerator: Accelerator,
+    parameters: bool,
+    *,
+    time_limit: float = 60.0,
+    seed: int = 0,
+    workers: int | None = None,
 ) -> int:
     """The accelerator's scratchpad in bytes; relative sizes are worked out for ``graph``.
 
@@ -123,5 +142,12 @@ def resolve_scratchpad(
         return parse_size(text)
     if "M_R" in text:
         return parse_size(text, {"M_R": minimum_required(graph, parameters, accelerator.alignment)[0]})
-    found = bounds(graph, parameters=parameters, alignment=accelerator.alignment, time_limit=time_limit, seed=seed)
+    found = bounds(
+        graph,
+        parameters=parameters,
+        alignment=accelerator.alignment,
+        time_limit=time_limit,
+        seed=seed,
+        workers=workers,
+    )
     return parse_size(text, {"M_P": found.m_p, "M_H": found.m_h})

@@ -77,7 +77,7 @@ def plan(
     if isinstance(order, str) and order != "default":
         raise ValueError(f"order is None, 'default' or a sequence of operator names, not '{order}'")
     clock = Clock(time_limit)
-    scratchpad = resolve_scratchpad(graph, accelerator, parameters, time_limit=time_limit, seed=seed)
+    scratchpad = resolve_scratchpad(graph, accelerator, parameters, time_limit=time_limit, seed=seed, workers=workers)
     check_feasible(graph, scratchpad, parameters, accelerator.alignment)
     problem = build_problem(graph, parameters, accelerator.alignment)
     fixed: tuple[int, ...] | None = None

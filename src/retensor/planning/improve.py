@@ -6,7 +6,8 @@ a window of consecutive steps (:mod:`.windows`), whose operators are ordered ane
 anew, by the frontier search (:mod:`.wide`). A round goes over the whole plan once. Windows that move no bytes
 cannot get better and are left alone; equal windows are solved once; rounds start at another step each, so that
 what one window's edge cuts the next one frees. Where a round brings little, windows get longer and the search in them
-wider. After each round, what was put out but would fit is kept again.
+wider, and once both are greatest, rounds go on until every start was tried since the last gain. After each round, what
+was put out but would fit is kept again.
 
 The same seed does the same, but for where the time runs out.
 """
@@ -58,7 +59,8 @@ def improve(
     answer : Answer
         Where to start; its bound is handed on as it is.
     clock : Clock
-        Rounds go on until it runs out, or until windows of the greatest size have brought nothing.
+        Rounds go on until it runs out, or until windows of the greatest size have brought nothing wherever they
+        begin.
     seed : int
         Of where windows begin.
     fixed : bool
@@ -90,12 +92,15 @@ class _Rounds:
         self.steps = min(FIXED_STEPS if fixed else FIRST_STEPS, problem.n)
         self.width = FIRST_WIDTH
         self.outcomes: dict[object, Answer] = {}
+        self.tried: set[int] = set()
+        """Where rounds of the greatest windows have begun since the last gain."""
 
     def round(self) -> bool:
         """Go over the plan once; False where there is nothing more to try."""
         before = self.course.cost
         self.course.keep_again()
-        n, offset = self.problem.n, self.chance.randrange(self.steps)
+        n = self.problem.n
+        offset = self.chance.choice([k for k in range(self.steps) if k not in self.tried])
         cuts = sorted({0, *range(offset, n, self.steps), n})
         for window in self.course.sweep(cuts):
             if self.clock.left <= 0:
@@ -103,15 +108,17 @@ class _Rounds:
             if window.known.cost:
                 self._solve(window)
         self.course.keep_again()
-        if before - self.course.cost > LITTLE * before:
-            return True
-        if self.fixed:
-            return False
-        last = self.steps >= min(MOST_STEPS, n) and self.width >= MOST_WIDTH
-        self.steps = min(self.steps * 3 // 2, MOST_STEPS, n)
-        self.width = min(self.width * 2, MOST_WIDTH)
-        self.outcomes.clear()
-        return not last
+        gain = before - self.course.cost
+        if self.fixed or (self.steps >= min(MOST_STEPS, n) and self.width >= MOST_WIDTH):
+            if gain:
+                self.tried.clear()
+            self.tried.add(offset)
+            return len(self.tried) < self.steps
+        if gain <= LITTLE * before:
+            self.steps = min(self.steps * 3 // 2, MOST_STEPS, n)
+            self.width = min(self.width * 2, MOST_WIDTH)
+            self.outcomes.clear()
+        return True
 
     def _solve(self, window: Window) -> None:
         known = window.known

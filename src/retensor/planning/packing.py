@@ -14,6 +14,7 @@ from typing import Literal
 
 from retensor.files import brief
 from retensor.planning.allocate import Block, connected, grain, most_alive, neighbours, pack, place
+from retensor.planning.checks import check_search
 from retensor.planning.progress import Clock, Progress, ProgressCallback, stop_on_interrupt
 from retensor.units import LARGEST_SIZE, whole
 
@@ -138,7 +139,8 @@ def pack_buffers(
     ------
     ValueError
         Where two buffers have one id, two that are alive at once have offsets that overlap, an offset is no multiple
-        of its alignment, the capacity is not 1 byte to 1 PiB, or the time limit not a positive number.
+        of its alignment, the capacity is not 1 byte to 1 PiB, the time limit not a positive number, or the seed or
+        the number of threads out of range.
     TypeError
 
     References
@@ -163,6 +165,7 @@ def pack_buffers(
             raise ValueError(f"a capacity of {brief(capacity, 40)} bytes makes no sense; give between 1 byte and 1 PiB")
     if not math.isfinite(time_limit) or time_limit <= 0:
         raise ValueError(f"the time limit is a number of seconds above 0, not {time_limit:g}")
+    check_search(time_limit, seed, workers)
     _check(buffers)
     search = _Search(buffers, Clock(time_limit), seed, workers, progress)
     with stop_on_interrupt(search.clock):
@@ -250,7 +253,16 @@ class _Search:
 
     def _pack(self, capacity: int, clock: Clock) -> bool | None:
         """Whether there are offsets within ``capacity``, which are kept; None out of time."""
-        packing = pack(self.blocks, capacity, self.alignment, clock, fixed=self.fixed, seed=self.seed, tell=self._tell)
+        packing = pack(
+            self.blocks,
+            capacity,
+            self.alignment,
+            clock,
+            fixed=self.fixed,
+            seed=self.seed,
+            workers=self.workers,
+            tell=self._tell,
+        )
         if packing.addresses is not None:
             self.best = packing.addresses
             return True

@@ -96,6 +96,8 @@ class Search:
         self.solved: list[Solved] = []
         self.spare: Layout | None = None
         """A complete plan, should nothing better be found in time."""
+        self.rounds = 0
+        """How often evictions were gone on with after addresses."""
 
     @property
     def bound(self) -> int:
@@ -105,12 +107,40 @@ class Search:
     def run(self) -> Layout:
         """The best plan found before the clock ran out or was stopped."""
         self._solve_parts()
+        begun = self.clock.seconds
         layout = self._with_addresses()
         if layout is None:
             return self._fallback()
-        if traffic(self.problem, layout.stays) > self.bound:
-            layout = min(layout, self._fallback(), key=lambda found: traffic(self.problem, found.stays))
+        spent = self.clock.seconds - begun
+        if self._cost(layout) > self.bound:
+            layout = min(layout, self._fallback(), key=self._cost)
+        # What addresses did not need goes to evictions again, with as much left as addresses took.
+        while self._cost(layout) > self.bound and self.clock.left > 2 * spent + 0.1 and self._go_on(1.5 * spent):
+            again = self._with_addresses()
+            layout = min(layout, again, key=self._cost) if again else layout
         return layout
+
+    def _cost(self, layout: Layout) -> int:
+        return traffic(self.problem, layout.stays)
+
+    def _go_on(self, reserve: float) -> bool:
+        """Better the parts that are not proved, but for the last ``reserve`` seconds; whether any got better."""
+        from retensor.planning.improve import improve
+
+        open_parts = {s.part.problem.shape_key: s for s in self.solved if not s.answer.proved}
+        large = [s for s in open_parts.values() if s.part.problem.n > FEW and self.fixed is None]
+        clock = self.clock.share(max(0.0, 1 - reserve / max(self.clock.left, 1e-9)))
+        better: dict[object, Answer] = {}
+        self.rounds += 1
+        for done, solved in enumerate(large):
+            problem, share = solved.part.problem, clock.share(1 / (len(large) - done))
+            found = improve(problem, self.capacity, solved.answer, share, seed=self.seed + self.rounds)
+            if found.cost < solved.answer.cost:
+                better[problem.shape_key] = found
+        self.solved = [Solved(s.part, better.get(s.part.problem.shape_key, s.answer)) for s in self.solved]
+        # It belongs to the stays before.
+        self.spare = None
+        return bool(better)
 
     # -- order and evictions --------------------------------------------------------------------
 
@@ -122,6 +152,7 @@ class Search:
         # What is not reached keeps an answer that needs no search.
         for key, problem in problems.items():
             answers[key] = self._without_search(problem)
+        self._tell("first evictions", answers, parts, 0, len(problems))
         for done, (key, problem) in enumerate(problems.items()):
             answers[key] = self._first(problem, answers[key], clock.share(0.5))
             self._tell("first evictions", answers, parts, done + 1, len(problems))

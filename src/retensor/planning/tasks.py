@@ -150,6 +150,7 @@ class BoundsTask:
             alignment=self.alignment,
             time_limit=time_limit,
             seed=self.seed,
+            workers=workers,
             progress=progress,
         )
 

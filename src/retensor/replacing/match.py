@@ -46,7 +46,8 @@ def meaning(pattern: Any) -> Callable[[str, nn.Module], bool]:
     """A pattern as a function of name and module."""
     if isinstance(pattern, str):
         expression = _expression(pattern)
-        return lambda name, _: expression.fullmatch(name) is not None
+        # The model itself, which has no name, is meant by the empty pattern alone.
+        return lambda name, _: bool(name or not pattern) and expression.fullmatch(name) is not None
     if isinstance(pattern, type):
         if not issubclass(pattern, nn.Module):
             raise TypeError(f"{described(pattern)} is no class of modules")

@@ -10,12 +10,13 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from retensor.files import described
 from retensor.replacing.match import Pattern, meaning, shown, suggestions
 
 Maker: TypeAlias = "nn.Module | Callable[[nn.Module], nn.Module | None]"
-"""A module, which is copied into every place, or a function of the layer that returns what to put there."""
+"""A module, which is copied into every place, or a function (or class) of the layer that makes what to put there."""
 
 _HOOKS = (
     "_forward_hooks",
@@ -100,11 +101,19 @@ def replace(
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy of a model, or a sentence that says why there is none."""
     try:
-        return copy.deepcopy(model)
+        found = copy.deepcopy(model)
     except (RuntimeError, TypeError) as error:
         raise ValueError(
             f"the {type(model).__name__} cannot be copied: {error}; detach the tensors it holds besides its parameters"
         ) from error
+    for module in found.modules():
+        if parametrize.is_parametrized(module):
+            # torch keeps parametrized tensors as properties of a class that a copy shares with its model: what is
+            # removed from the one would be gone from the other.
+            kind = type(module)
+            own = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+            module.__class__ = type(kind.__name__, kind.__bases__, own)
+    return found
 
 
 def settle(old: nn.Module, new: nn.Module) -> None:
@@ -164,7 +173,8 @@ def _check(model: Any, replacements: Any, tied: Any, unmatched: Any) -> None:
                 f"the replacement for {shown(pattern)} is {described(maker)}; a module or a function of the layer is "
                 "needed"
             )
-        if isinstance(maker, type) and issubclass(maker, nn.Module):
+        # Torch's own classes would take the layer for a setting: ReLU(layer) works in place.
+        if isinstance(maker, type) and maker.__module__.startswith("torch.nn"):
             raise TypeError(
                 f"the replacement for {shown(pattern)} is the class {maker.__name__}; give a module, or a function of "
                 f"the layer such as lambda layer: {maker.__name__}(...)"
