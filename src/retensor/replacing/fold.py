@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -64,24 +65,30 @@ def fold(model: nn.Module) -> nn.Module:
 
 
 def _bake(model: nn.Module) -> None:
-    """Put plain values in the places of this library's parametrizations; what was tied is tied afterwards."""
-    # The tensor is kept beside its first owner, so that its identity is not given to another.
-    first: dict[int, tuple[nn.Module, str, object]] = {}
-    for name, module in list(model.named_modules()):
+    """Put plain values in the places of this library's parametrizations; what is one tensor stays one."""
+    made: list[tuple[nn.Module, str, torch.Tensor, torch.Tensor | None]] = []
+    for name, module in model.named_modules():
         if not parametrize.is_parametrized(module):
             continue
-        for label, steps in list(module.parametrizations.items()):
+        for label, steps in module.parametrizations.items():
             ours = [isinstance(step, Reparametrization) for step in steps]
-            if not any(ours):
-                continue
-            if not all(ours):
+            if any(ours) and not all(ours):
                 raise ValueError(
                     f"'{name}.{label}' has parametrizations of this library and others on top of each other, which "
                     "cannot be folded apart; remove the others before"
                 )
-            source = getattr(steps, "original", steps)
-            parametrize.remove_parametrizations(module, label, leave_parametrized=True)
-            if id(source) in first:
-                owner, its_label, _ = first[id(source)]
-                module._parameters[label] = owner._parameters[its_label]
-            first.setdefault(id(source), (module, label, source))
+            if any(ours):
+                value = getattr(module, label).detach().clone()
+                made.append((module, label, value, steps.original if steps.is_tensor else None))
+    # All values are known before any is put in place: torch would write them over what is trained, which may be shared.
+    plain: dict[int, nn.Parameter] = {}
+    for module, label, value, trained in made:
+        parametrize.remove_parametrizations(module, label, leave_parametrized=trained is None)
+        if label in module._buffers:
+            module._buffers[label] = value
+        elif trained is not None:
+            shared = plain.get(id(trained))
+            if shared is None or not torch.equal(shared, value):
+                shared = nn.Parameter(value, requires_grad=trained.requires_grad)
+                plain.setdefault(id(trained), shared)
+            module._parameters[label] = shared

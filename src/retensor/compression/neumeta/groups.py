@@ -1,0 +1,208 @@
+"""Which channels of a network belong together: what has to be reordered, or resized, in all layers at once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from retensor.errors import MissingExtraError, RetensorError
+from retensor.files import brief
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Layers whose weight has rows for its outputs and columns for its inputs."""
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One side of a layer whose size is the number of channels of a group.
+
+    Attributes
+    ----------
+    layer : str
+    side : {"out", "in"}
+    per : int
+        Rows or columns a channel: more than one where a picture is flattened before a linear layer.
+    """
+
+    layer: str
+    side: Literal["out", "in"]
+    per: int = 1
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that several layers share.
+
+    Attributes
+    ----------
+    channels : int
+    members : tuple of Member
+        Layers with weights, producers first.
+    obstacles : tuple of str
+        What keeps the channels from being reordered or resized, each as a part of a sentence.
+    norms : tuple of str
+        Batch normalisations among them.
+    """
+
+    channels: int
+    members: tuple[Member, ...]
+    obstacles: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
+
+    @property
+    def producers(self) -> tuple[str, ...]:
+        """Layers that make the channels."""
+        return tuple(member.layer for member in self.members if member.side == "out")
+
+    @property
+    def consumers(self) -> tuple[str, ...]:
+        """Layers that read the channels."""
+        return tuple(member.layer for member in self.members if member.side == "in")
+
+    def points(self, net: nn.Module) -> torch.Tensor:
+        """One point a channel, of shape (channels, values): all that is indexed by it, flattened."""
+        return torch.cat([part for member in self.members for part in _parts(net, member, self.channels)], dim=1)
+
+    def reorder_(self, net: nn.Module, order: torch.Tensor) -> None:
+        """Put channel ``order[i]`` in place i, in every tensor of the group."""
+        for member in self.members:
+            layer = net.get_submodule(member.layer)
+            rows = expanded(order, member.per).to(layer.weight.device)
+            with torch.no_grad():
+                if member.side == "in":
+                    layer.weight.copy_(layer.weight[:, rows].clone())
+                    continue
+                layer.weight.copy_(layer.weight[rows].clone())
+                if layer.bias is not None:
+                    layer.bias.copy_(layer.bias[rows].clone())
+
+
+def expanded(channels: torch.Tensor, per: int) -> torch.Tensor:
+    """Indices of the rows, ``per`` a channel, of channels.
+
+    >>> expanded(torch.tensor([2, 0]), 3)
+    tensor([6, 7, 8, 0, 1, 2])
+    """
+    return (channels[:, None] * per + torch.arange(per)).flatten()
+
+
+def channel_groups(net: nn.Module, example: Any) -> list[ChannelGroup]:
+    """Groups of channels of a network, found by torch-pruning's dependency graph.
+
+    Parameters
+    ----------
+    net : nn.Module
+        Stays as it is.
+    example : torch.Tensor, tuple or mapping
+        An input, arguments, or keyword arguments.
+
+    Raises
+    ------
+    MissingExtraError
+        Where torch-pruning is not installed.
+    RetensorError
+        Where it cannot follow the network.
+    """
+    found, names = _dependencies(net, example)
+    groups: list[ChannelGroup] = []
+    for group in found.get_all_groups():
+        groups.append(_group(net, group, names))
+    return groups
+
+
+def normalised(net: nn.Module, example: Any) -> dict[str, str]:
+    """Layers whose outputs go to one batch normalisation and nowhere else, with its name."""
+    found, names = _dependencies(net, example)
+    pairs: dict[str, str] = {}
+    for module, node in found.module2node.items():
+        if type(module) not in NORMS or len(node.inputs) != 1:
+            continue
+        source = node.inputs[0]
+        follows = len(source.outputs) == 1 and source.outputs[0] is node
+        if follows and isinstance(source.module, LAYERS) and module.running_mean is not None:
+            pairs[names[source.module]] = names[module]
+    return pairs
+
+
+def run(net: nn.Module, example: Any) -> Any:
+    """The outputs of a network for an example as the other functions take it."""
+    if isinstance(example, Mapping):
+        return net(**example)
+    return net(*example) if isinstance(example, tuple | list) else net(example)
+
+
+def _dependencies(net: nn.Module, example: Any) -> tuple[Any, dict[Any, str]]:
+    try:
+        import torch_pruning
+    except ImportError as error:
+        raise MissingExtraError("finding channels that belong together", "compression") from error
+    # The graph is read off the gradients' one, so every parameter needs one.
+    wanted = {name: parameter.requires_grad for name, parameter in net.named_parameters()}
+    training = {name: module.training for name, module in net.named_modules()}
+    try:
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for parameter in net.parameters():
+                parameter.requires_grad_(True)
+            graph = torch_pruning.DependencyGraph().build_dependency(net, example_inputs=example)
+    except Exception as error:  # whatever the network or the tracer raise
+        raise RetensorError(
+            f"the channels of {type(net).__name__} cannot be followed for this example: {brief(error)}; give an "
+            "example that the network takes"
+        ) from error
+    finally:
+        for name, parameter in net.named_parameters():
+            parameter.requires_grad_(wanted[name])
+        for name, module in net.named_modules():
+            module.training = training[name]
+    return graph, {module: name for name, module in net.named_modules()}
+
+
+def _group(net: nn.Module, found: Any, names: Mapping[Any, str]) -> ChannelGroup:
+    channels = len(found[0].idxs)
+    members: dict[tuple[str, str], Member] = {}
+    obstacles: dict[str, None] = {}
+    norms: dict[str, None] = {}
+    for dependency, indices in found.items:
+        module = dependency.target.module
+        if isinstance(module, nn.Parameter):
+            obstacles["a parameter of its own"] = None
+            continue
+        name = names.get(module)
+        if name is None or (not isinstance(module, LAYERS) and not list(module.parameters(recurse=False))):
+            # An operation without values.
+            continue
+        if isinstance(module, NORMS):
+            norms[name] = None
+            continue
+        if not isinstance(module, LAYERS):
+            obstacles[f"the {type(module).__name__} '{name}'"] = None
+            continue
+        if getattr(module, "groups", 1) != 1:
+            obstacles[f"the grouped convolution '{name}'"] = None
+            continue
+        side: Literal["out", "in"] = "out" if "out" in dependency.handler.__name__ else "in"
+        size = module.weight.shape[0 if side == "out" else 1]
+        if len(indices) != size or size % channels or (side == "out" and size != channels):
+            obstacles[f"'{name}', which takes them among others"] = None
+            continue
+        members[name, side] = Member(name, side, size // channels)
+    ordered = sorted(members.values(), key=lambda member: member.side == "in")
+    for name in norms:
+        obstacles[f"the batch normalisation '{name}', which is not fused"] = None
+    return ChannelGroup(channels, tuple(ordered), tuple(obstacles), tuple(norms))
+
+
+def _parts(net: nn.Module, member: Member, channels: int) -> list[torch.Tensor]:
+    layer = net.get_submodule(member.layer)
+    weight = layer.weight.detach()
+    if member.side == "in":
+        return [weight.transpose(0, 1).reshape(channels, -1)]
+    return [weight.reshape(channels, -1)] + ([] if layer.bias is None else [layer.bias.detach()[:, None]])
