@@ -122,7 +122,7 @@ def test_stopping_early_returns_a_valid_plan_with_its_gap() -> None:
 
 
 @pytest.mark.parametrize("delay", [0.02, 0.1, 0.5, 1.5, 4.0])
-@pytest.mark.parametrize(("operators", "width"), [(60, 4), (400, 12)])
+@pytest.mark.parametrize(("operators", "width"), [(200, 8), (400, 12)])
 def test_one_ctrl_c_at_any_stage_returns_the_best_plan_so_far(operators: int, width: int, delay: float) -> None:
     """In a process of its own: the interrupt may come while anything is imported, built or solved."""
     program = f"""

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -17,12 +18,14 @@ from tests.planning.layered import layered_graph
 from retensor.errors import RetensorError
 from retensor.graph import Graph, Operator, Tensor
 from retensor.graph.json import read_graph, write_graph
-from retensor.planning import many, verify
+from retensor.planning import many, peak, verify
 from retensor.planning.cache import PlanCache
 from retensor.planning.many import How, solve_all
+from retensor.planning.planfile import plan_from_json
 from retensor.planning.progress import Clock
+from retensor.planning.solver import cp_model
 from retensor.planning.sweep import sweep
-from retensor.planning.tasks import PlanTask
+from retensor.planning.tasks import BOUNDS_SCHEMA, BoundsTask, PlanTask
 
 PATIENCE = 120
 
@@ -138,6 +141,26 @@ def test_a_sweep_that_is_done_starts_no_process(tmp_path, monkeypatch):
     assert figures(together(cache=tmp_path, jobs=2)) == alone()
 
 
+def test_each_of_many_jobs_searches_on_one_thread(monkeypatch):
+    expected, threads = alone(), []
+
+    def solve(solver, *arguments):
+        threads.append(solver.parameters.num_workers)
+        return real(solver, *arguments)
+
+    real = cp_model.CpSolver.solve
+    monkeypatch.setattr(cp_model.CpSolver, "solve", solve)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    # So that bounds ask CP-SAT too, and not plans alone.
+    monkeypatch.setattr(peak, "SET_LIMITS", ())
+    tasks = [BoundsTask(graph) for graph in small_graphs().values()]
+    with joblib.parallel_config(backend="threading"):
+        assert len(list(solve_all(tasks, How(10.0, 2), Clock(60.0), lambda index: None))) == len(tasks)
+        assert threads
+        assert figures(together(jobs=2)) == expected
+    assert set(threads) == {1}
+
+
 @dataclass(frozen=True)
 class Fatal:
     """A task that kills the process it runs in, unless that is the test's."""
@@ -163,32 +186,93 @@ import json, sys
 from retensor.graph.json import read_graph
 from retensor.planning.sweep import sweep
 graph = read_graph(sys.argv[1])
+def told():
+    return int(sys.stdin.readline() or sys.maxsize)
+def tell(state):
+    global goal
+    sys.stderr.write(f"{state.done} {state.stage}\\n")
+    sys.stderr.flush()
+    while state.stage == "planning" and state.done >= goal:
+        goal = told()
 print("ready", flush=True)
-rows = sweep(graph, points=int(sys.argv[3]), parameters=(False, True), cache=sys.argv[2], jobs=int(sys.argv[4]),
-             progress=lambda state: print(state.done, state.total, file=sys.stderr, flush=True))
+goal = told()
+rows = sweep(graph, cache=sys.argv[2], progress=tell, **json.loads(sys.argv[3]))
 print(json.dumps([[r.scratchpad_bytes, r.parameters, r.status, r.non_compulsory_bytes, r.bound_bytes, r.cached]
                   for r in rows]))
 """
 
 
-def start(graph_file, folder, points, jobs=1):
-    """A sweep in a process group of its own, as soon as it is about to plan."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SWEEP, str(graph_file), str(folder), str(points), str(jobs)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert process.stdout.readline() == "ready\n"
-    return process
+class Sweep:
+    """A sweep in a process group of its own, which stands still where it was told to and says how far it is."""
+
+    def __init__(self, graph_file, folder, **options):
+        self.reports = []
+        # Unbuffered: what was not read yet is still there for whoever reads next.
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SWEEP, str(graph_file), str(folder), json.dumps(options)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+
+    def go(self, plans=sys.maxsize):
+        """Let it go on until so many plans are done, those from the cache among them."""
+        self.process.stdin.write(f"{plans}\n".encode())
+
+    def hear(self):
+        """The next report: what is done, of what."""
+        line = self.process.stderr.readline()
+        assert line.endswith(b"\n"), "the sweep ended"
+        self._note(line)
+
+    def hear_of(self, plans):
+        """Wait until so many plans are done, or not at all where they are fewer than none."""
+        while plans >= 0 and (plans, "planning") not in self.reports:
+            self.hear()
+
+    def wait_a_little(self, dice):
+        """For some part of a plan, or until the next report: nothing rests on how long."""
+        select.select([self.process.stderr], [], [], dice.uniform(0, 0.02))
+
+    def kill(self):
+        """Kill all its processes; how many bounds and how many plans it had reported as done."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        # The end of the pipe comes when the last of them is gone.
+        for line in self.process.stderr.read().splitlines(keepends=True):
+            if line.endswith(b"\n"):
+                self._note(line)
+        assert self.process.wait() == -signal.SIGKILL
+        return [max([0, *(done for done, what in self.reports if what == stage)]) for stage in ("bounds", "planning")]
+
+    def rows(self):
+        """The rows, once it has finished."""
+        out, errors = self.process.communicate(timeout=PATIENCE)
+        assert self.process.returncode == 0, errors.decode()
+        return json.loads(out)
+
+    def _note(self, line):
+        done, stage = line.decode().rstrip("\n").split(" ", 1)
+        self.reports.append((int(done), stage))
 
 
-def finished(process):
-    out, errors = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, errors
-    return json.loads(out)
+@pytest.fixture
+def start(graph_file):
+    """Starts sweeps of the ladder, each as soon as it is about to plan; none outlives the test."""
+    started = []
+
+    def start(folder, **options):
+        started.append(Sweep(graph_file, folder, **options))
+        assert started[-1].process.stdout.readline() == b"ready\n"
+        return started[-1]
+
+    yield start
+    for each in started:
+        with each.process as process:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -206,21 +290,38 @@ def graph_file(tmp_path):
     return path
 
 
-def plan_files(folder):
-    return {path for path in folder.rglob("*.json") if not path.name.startswith(".")}
+BOTH = {"parameters": [False, True]}
 
 
-def ladder(graph_file, points, **options):
+def ladder(graph_file, **options):
     """What :data:`SWEEP` prints, planned here."""
-    rows = sweep(read_graph(graph_file), points=points, parameters=(False, True), **options)
+    rows = sweep(read_graph(graph_file), **options)
     return [[r.scratchpad_bytes, r.parameters, r.status, r.non_compulsory_bytes, r.bound_bytes, r.cached] for r in rows]
+
+
+def results(rows):
+    """All but whether they came from the cache."""
+    return [row[:5] for row in rows]
+
+
+def names(rows):
+    """What tells the plans of one graph from each other."""
+    return {(row[0], row[1]) for row in rows}
+
+
+def files(folder):
+    return {path for path in folder.rglob("*") if path.is_file()}
+
+
+def rubbish(folder):
+    return {path for path in files(folder) if path.name.startswith(".")}
 
 
 def whole_plans(graph, folder, rows):
     """Of the plans in ``rows`` those in ``folder`` that no search would improve; each is replayed."""
     store = PlanCache(folder)
     found = {}
-    for size, parameters in {(row[0], row[1]) for row in rows}:
+    for size, parameters in names(rows):
         task = PlanTask(graph, size, 1, parameters)
         kept = store.find(task)
         if kept and store.serves(task, kept, 60.0):
@@ -229,73 +330,162 @@ def whole_plans(graph, folder, rows):
     return found
 
 
-@pytest.mark.parametrize(("jobs", "kills"), [(1, 7), (2, 4)])
+def whole_bounds(graph, folder):
+    """How many of the bounds without and with parameters are in ``folder``; their schedules are replayed."""
+    return sum(PlanCache(folder).find(BoundsTask(graph, 1, parameters)) is not None for parameters in (False, True))
+
+
+def assert_none_is_broken(graph, folder):
+    """Whatever bears the name of an answer holds a whole one."""
+    for path in files(folder) - rubbish(folder):
+        form = json.loads(path.read_bytes())
+        if form["schema"] != BOUNDS_SCHEMA:
+            verify(graph, plan_from_json(form))
+
+
+@pytest.mark.parametrize(("jobs", "kills"), [(1, 8), (2, 4)])
 def test_a_sweep_killed_at_random_moments_loses_no_finished_plan_and_leaves_no_broken_file(
-    jobs, kills, graph_file, tmp_path
+    jobs, kills, graph_file, start, tmp_path
 ):
-    graph, points = read_graph(graph_file), 40
-    expected = ladder(graph_file, points)
+    graph, options = read_graph(graph_file), {"points": 40, **BOTH}
+    expected = ladder(graph_file, **options)
     assert {row[2] for row in expected} == {"optimal"}
     folder = tmp_path / "killed"
     dice = random.Random(jobs)
     before = {}
-    for _ in range(kills):
-        process = start(graph_file, folder, points, jobs)
-        # Anywhere from the first lookup to some plans later, told by reports of progress and not by a clock.
-        for _ in range(dice.randint(0, 60)):
-            process.stderr.readline()
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-        # What bears the name of a plan is whole, and what was there is there still.
-        for path in plan_files(folder):
-            json.loads(path.read_bytes())
+    for kill in range(kills):
+        process = start(folder, jobs=jobs, **options)
+        goal = min(len(before) + dice.randint(1, 8), len(expected) - 1)
+        process.go(goal)
+        if kill % 2:
+            # It tells of a plan and stands still: nothing could be kept later.
+            process.hear_of(goal)
+        else:
+            # Anywhere from before the bounds to some plans later.
+            process.hear_of(dice.randint(len(before) - 1, goal))
+            process.wait_a_little(dice)
+        bounded, planned = process.kill()
+        # What bears the name of a plan is whole, what was there is there still, and so is all that was said to be done.
+        assert_none_is_broken(graph, folder)
         now = whole_plans(graph, folder, expected)
         assert before.items() <= now.items()
+        assert len(now) >= planned
+        assert whole_bounds(graph, folder) >= bounded
         before = now
-    assert before
-    rubbish = {path for path in folder.rglob(".*") if path.is_file()}
-    assert len(rubbish) <= kills * jobs
-    for path in rubbish:
+    assert len(before) >= kills // 2
+    assert len(rubbish(folder)) <= kills * jobs
+    for path in rubbish(folder):
         os.utime(path, (0, 0))
-    rows = ladder(graph_file, points, cache=folder)
-    assert [row[:5] for row in rows] == [row[:5] for row in expected]
+    rows = ladder(graph_file, cache=folder, **options)
+    assert results(rows) == results(expected)
     # Each plan that was finished is used and not made again.
-    assert {(row[0], row[1]) for row in rows if row[5]} == before.keys()
+    assert names(row for row in rows if row[5]) == before.keys()
     # One file for each plan and for the bounds of either setting, and nothing else.
-    assert len([path for path in folder.rglob("*") if path.is_file()]) == len(rows) + 2
+    assert len(files(folder)) == len(rows) + 2
 
 
-def test_two_sweeps_at_once_share_the_cache_and_agree(graph_file, tmp_path):
-    folder, points = tmp_path / "shared", 60
-    both = [start(graph_file, folder, points) for _ in range(2)]
-    rows = [finished(process) for process in both]
-    assert [row[:5] for row in rows[0]] == [row[:5] for row in rows[1]]
-    assert len([path for path in folder.rglob("*") if path.is_file()]) == len(rows[0]) + 2
-    assert all(row[5] for row in ladder(graph_file, points, cache=folder))
+def test_two_sweeps_that_meet_use_what_the_other_found(graph_file, start, tmp_path):
+    folder, ahead = tmp_path / "shared", 6
+    expected = ladder(graph_file, points=40)
+    assert len(expected) > 2 * ahead
+    # One goes down from the largest scratchpad, the other up from the smallest.
+    both = [start(folder, points=40), start(folder, accelerators=[row[0] for row in expected[::-1]])]
+    for process in both:
+        process.go(ahead)
+    for process in both:
+        process.hear_of(ahead)
+    # Both have begun and neither has finished.
+    for process in both:
+        process.go()
+    down, up = [process.rows() for process in both]
+    assert results(down) == results(up[::-1]) == results(expected)
+    for rows in (down, up):
+        assert not any(row[5] for row in rows[:ahead])
+        assert all(row[5] for row in rows[-ahead:])
+    assert len(files(folder)) == len(expected) + 1
+
+
+def test_two_sweeps_that_plan_the_same_at_the_same_time_agree(graph_file, start, tmp_path):
+    folder, options = tmp_path / "shared", {"points": 16, **BOTH}
+    expected = ladder(graph_file, **options)
+    both = [start(folder, **options) for _ in range(2)]
+    # They begin together, bounds too, and neither goes on to the next plan without the other.
+    for done in range(len(expected)):
+        for process in both:
+            process.go(done)
+        for process in both:
+            process.hear_of(done)
+    for process in both:
+        process.go()
+    for process in both:
+        assert results(process.rows()) == results(expected)
+    assert len(files(folder)) == len(expected) + 2
+    assert all(row[5] for row in ladder(graph_file, cache=folder, **options))
+
+
+def test_a_sweep_is_not_harmed_where_another_beside_it_is_killed(graph_file, start, tmp_path):
+    graph, options, kills = read_graph(graph_file), {"points": 40, **BOTH}, 6
+    expected = ladder(graph_file, **options)
+    folder = tmp_path / "shared"
+    dice = random.Random(5)
+    before = {}
+    living = start(folder, **options)
+    for _ in range(kills):
+        both = [living, start(folder, **options)]
+        for process in both:
+            process.go(len(before))
+        for process in both:
+            process.hear_of(len(before))
+        # From here they search for the same plans at the same time, until one of them is killed.
+        goal = len(before) + dice.randint(2, 8)
+        assert goal < len(expected)
+        for process in both:
+            process.go(goal)
+        killed, living = dice.sample(both, 2)
+        killed.hear_of(dice.randint(len(before), goal))
+        killed.wait_a_little(dice)
+        _, planned = killed.kill()
+        assert planned <= goal
+        living.hear_of(goal)
+        assert_none_is_broken(graph, folder)
+        now = whole_plans(graph, folder, expected)
+        assert before.items() <= now.items()
+        # All that either said to be done, and they do it in order.
+        assert now.keys() == names(expected[:goal])
+        before = now
+    living.go()
+    assert results(living.rows()) == results(expected)
+    assert_none_is_broken(graph, folder)
+    assert len(rubbish(folder)) <= kills
+    # One that was killed may have left what was there beside what it put in its place.
+    assert 0 <= len(files(folder) - rubbish(folder)) - len(expected) - 2 <= kills
+    again = ladder(graph_file, cache=folder, **options)
+    assert results(again) == results(expected)
+    assert all(row[5] for row in again)
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_ctrl_c_gives_the_rows_that_are_done_and_keeps_them(jobs, graph_file, tmp_path):
-    folder, points = tmp_path / "plans", 60
-    process = start(graph_file, folder, points, jobs)
-    while not (line := process.stderr.readline()).startswith("3 "):
-        assert line
+def test_ctrl_c_gives_the_rows_that_are_done_and_keeps_them(jobs, graph_file, start, tmp_path):
+    folder, options = tmp_path / "plans", {"points": 60, **BOTH}
+    process = start(folder, jobs=jobs, **options)
+    process.go()
+    process.hear_of(3)
     # A terminal sends it to all processes of the group.
-    os.killpg(process.pid, signal.SIGINT)
-    rows = finished(process)
+    os.killpg(process.process.pid, signal.SIGINT)
+    rows = process.rows()
     done = whole_plans(read_graph(graph_file), folder, rows)
     # All but those that were under way, which are kept as the best so far.
-    assert len(rows) - jobs <= len(done) <= len(rows) < 2 * points
-    again = ladder(graph_file, points, cache=folder)
-    assert {(row[0], row[1]) for row in again if row[5]} == done.keys()
+    assert len(rows) - jobs <= len(done) <= len(rows) < 2 * options["points"]
+    again = ladder(graph_file, cache=folder, **options)
+    assert names(row for row in again if row[5]) == done.keys()
 
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path, graph_file):
-    told = "print(state.done, state.total, file=sys.stderr, flush=True)"
-    script = "import os, signal\n" + SWEEP.replace(told, "[os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]")
+    interrupt = "progress=lambda state: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]"
+    script = "import os, signal\n" + SWEEP.replace("progress=tell", interrupt)
     done = subprocess.run(
-        [sys.executable, "-c", script, str(graph_file), str(tmp_path / "plans"), "9", "1"],
+        [sys.executable, "-c", script, str(graph_file), str(tmp_path / "plans"), '{"points": 9}'],
+        input="",
         capture_output=True,
         text=True,
         timeout=PATIENCE,

@@ -14,8 +14,9 @@ from tests.planning.packing_check import assert_packed, brute_force
 
 import retensor as rt
 from retensor.errors import RetensorError
-from retensor.planning import Buffer, pack_buffers, plot_packing, read_buffers
+from retensor.planning import Buffer, pack_buffers, plot_packing, portfolio, read_buffers
 from retensor.planning.allocate import Block
+from retensor.planning.solver import cp_model
 
 
 def named(triples) -> list[Buffer]:
@@ -122,6 +123,27 @@ def test_progress_tells_height_and_bound_and_ctrl_c_keeps_the_best():
     assert seen[-1].incumbent == found.height
 
 
+@pytest.mark.parametrize("workers", [1, 2, None])
+def test_cp_sat_gets_the_threads_that_were_asked_for_or_all(workers, monkeypatch):
+    threads = []
+
+    def solve(solver, *arguments):
+        threads.append(solver.parameters.num_workers)
+        return real(solver, *arguments)
+
+    real = cp_model.CpSolver.solve
+    monkeypatch.setattr(cp_model.CpSolver, "solve", solve)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    # After one node it is CP-SAT's turn. There are no offsets, so none are found before.
+    monkeypatch.setattr(portfolio, "_TURN", 1)
+    monkeypatch.setattr(portfolio, "_SPELL", 0.0)
+    buffers = named(crowd(12, 24, seed=6))
+    assert pack_buffers(buffers, 24, workers=workers).status == "infeasible"
+    assert pack_buffers(buffers, workers=workers).bound == 25
+    assert len(threads) >= 2
+    assert set(threads) == {workers or 3}
+
+
 def test_equal_calls_give_equal_answers():
     buffers = named(cut_packing(60, slack=0.05, seed=2))
     assert pack_buffers(buffers, 1024, seed=3) == pack_buffers(buffers, 1024, seed=3)
@@ -157,6 +179,10 @@ def test_wrong_calls_are_refused_with_what_to_do():
         pack_buffers([one], 0)
     with pytest.raises(ValueError, match="time limit"):
         pack_buffers([one], 4, time_limit=float("nan"))
+    with pytest.raises(ValueError, match="workers is a number of threads from 1 to 1024"):
+        pack_buffers([one], 4, workers=0)
+    with pytest.raises(ValueError, match=r"seed is an int from 0 to"):
+        pack_buffers([one], 4, seed=-1)
     with pytest.raises(ValueError, match="bytes together"):
         pack_buffers([Buffer(str(i), 0, 1, 2**50) for i in range(1025)])
 

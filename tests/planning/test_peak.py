@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import random
 from itertools import combinations
 
@@ -12,11 +13,13 @@ from tests.planning.layered import layered_graph
 from tests.planning.random_graphs import random_graph
 
 from retensor.graph import Graph, Operator, Tensor
-from retensor.planning import bounds, peak, valleys
+from retensor.planning import Accelerator, bounds, peak, plan, valleys
 from retensor.planning.late import postpone
 from retensor.planning.peak import least_peak, peak_of
 from retensor.planning.problem import Problem, bits, build_problem, split
 from retensor.planning.progress import Clock
+from retensor.planning.solver import cp_model
+from retensor.planning.tasks import BoundsTask
 from retensor.planning.valleys import Climber, Footprint
 
 EVERYTHING = 10**9
@@ -102,6 +105,35 @@ def test_climbers_that_stop_early_leave_an_optimum_between_them(
     assert len(handed_over) > 5
     # That the ends are fixed matters in some.
     assert any(handed_over) == (max(limits) > 0)
+
+
+def test_cp_sat_gets_the_threads_that_were_asked_for_or_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+
+    def solve(solver: cp_model.CpSolver, *arguments: object) -> int:
+        threads.append(solver.parameters.num_workers)
+        status: int = real(solver, *arguments)
+        return status
+
+    real = cp_model.CpSolver.solve
+    monkeypatch.setattr(cp_model.CpSolver, "solve", solve)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    # Nothing climbs, so CP-SAT is asked for each part.
+    monkeypatch.setattr(peak, "SET_LIMITS", ())
+    graph = layered_graph(random.Random(0), operators=12)
+    least = min_peak(graph, False)
+    for workers in (1, 2, None):
+        for asked in (
+            lambda n: bounds(graph, workers=n).m_p,
+            lambda n: BoundsTask(graph).solve(60.0, n, None).m_p,
+            # A relative scratchpad is worked out first.
+            lambda n: plan(graph, Accelerator("M_P"), workers=n).scratchpad_bytes,
+        ):
+            threads.clear()
+            assert asked(workers) == least
+            assert set(threads) == {workers or 3}
+    with pytest.raises(ValueError, match=r"^workers is a number of threads from 1"):
+        bounds(graph, workers=0)
 
 
 def test_without_time_the_bound_is_below_and_the_schedule_above_the_optimum() -> None:
