@@ -6,8 +6,8 @@ a window of consecutive steps (:mod:`.windows`), whose operators are ordered ane
 anew, by the frontier search (:mod:`.wide`). A round goes over the whole plan once. Windows that move no bytes
 cannot get better and are left alone; equal windows are solved once; rounds start at another step each, so that
 what one window's edge cuts the next one frees. Where a round brings little, windows get longer and the search in them
-wider, and once both are greatest, rounds go on until every start was tried since the last gain. After each round, what
-was put out but would fit is kept again.
+wider, and once both are greatest, rounds go on until every start was tried since the last gain (one, where a window
+holds the whole plan). After each round, what was put out but would fit is kept again.
 
 The same seed does the same, but for where the time runs out.
 """
@@ -113,7 +113,7 @@ class _Rounds:
             if gain:
                 self.tried.clear()
             self.tried.add(offset)
-            return len(self.tried) < self.steps
+            return self.steps < n and len(self.tried) < self.steps
         if gain <= LITTLE * before:
             self.steps = min(self.steps * 3 // 2, MOST_STEPS, n)
             self.width = min(self.width * 2, MOST_WIDTH)

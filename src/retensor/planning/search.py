@@ -128,7 +128,8 @@ class Search:
         from retensor.planning.improve import improve
 
         open_parts = {s.part.problem.shape_key: s for s in self.solved if not s.answer.proved}
-        large = [s for s in open_parts.values() if s.part.problem.n > FEW and self.fixed is None]
+        # Smaller ones had CP-SAT until their time was out.
+        large = [s for s in open_parts.values() if s.part.problem.n > LARGEST_MODEL and self.fixed is None]
         clock = self.clock.share(max(0.0, 1 - reserve / max(self.clock.left, 1e-9)))
         better: dict[object, Answer] = {}
         self.rounds += 1
