@@ -40,13 +40,31 @@ def test_the_first_fence_is_the_two_make_commands_and_both_targets_exist():
         assert f"\n{target}:" in makefile
 
 
-def test_the_python_block_runs(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    (block,) = fences(README, "python")
+def shown_by(block, names=None):
+    """What a block of Python prints."""
     shown = io.StringIO()
     with redirect_stdout(shown):
-        exec(compile(block, "README.md", "exec"), {})
-    assert shown.getvalue() == "optimal 5619712 5619712\nTrue (1, 1000, 1, 1)\n"
+        exec(compile(block, "page", "exec"), {} if names is None else names)
+    return shown.getvalue()
+
+
+def test_the_python_blocks_run(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    planning, replacing = fences(README, "python")
+    assert shown_by(planning) == "optimal 5619712 5619712\nTrue (1, 1000, 1, 1)\n"
+    table = shown_by(replacing)
+    assert re.search(r"dense +rank\n", table)
+    assert re.search(r"off-chip traffic .* x0\.\d+", table)
+    assert (tmp_path / "student.safetensors").stat().st_size > 0
+
+
+def test_the_python_blocks_of_the_page_on_replacing_run_one_after_another(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    blocks = fences((ROOT / "docs" / "replace.md").read_text(encoding="utf-8"), "python")
+    names = {"__name__": "page"}
+    printed = [shown_by(block, names) for block in blocks]
+    promised = fences((ROOT / "docs" / "replace.md").read_text(encoding="utf-8"), "text")
+    assert [text for text in printed if text] == promised
 
 
 def test_the_commands_of_the_readme_run_in_their_order(monkeypatch, tmp_path, capfd):
