@@ -109,7 +109,7 @@ def divide_and_conquer(
     if min(sizes) < 1:
         raise ValueError(f"segment_operators is at least 1, not {segment_operators}")
     clock = Clock(time_limit)
-    scratchpad = resolve_scratchpad(graph, accelerator, parameters, time_limit=time_limit, seed=seed)
+    scratchpad = resolve_scratchpad(graph, accelerator, parameters, time_limit=time_limit, seed=seed, workers=workers)
     check_feasible(graph, scratchpad, parameters, accelerator.alignment)
     problem = postpone(build_problem(graph, parameters, accelerator.alignment))
     with stop_on_interrupt(clock):
