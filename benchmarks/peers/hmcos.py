@@ -19,23 +19,26 @@ writes over its input), so that the peer minimises what it is measured by. The e
 from the operators' whenever a group is made or dissolved, where the source repairs pointers (it crashes on some of the
 graphs here); a group whose edges would close a circle is not made. A graph of several inputs or outputs has one vertex
 before and one behind them all for the two dominator trees. The search for the best intrusion visits each set of
-sequences once; past ``INTRUSIONS`` sets it takes the best so far.
+sequences once; past ``INTRUSIONS`` sets it takes the best so far. A round that would keep more than ``SCHEDULES``
+partial schedules, some gigabytes, ends as if time were out.
 """
 
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.peers.network import Network
 
 INTRUSIONS = 100_000
+SCHEDULES = 1_000_000
 UNLIMITED = 1 << 62
 
 
 class OutOfTimeError(Exception):
-    """The time limit has passed before there was any schedule."""
+    """The time limit has passed, or memory is used up, before there was any schedule."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def hmcos(
     Raises
     ------
     OutOfTimeError
-        Where the first round takes longer than ``time_limit``.
+        Where the first round takes longer than ``time_limit``, or more memory than there is.
     """
     started = time.perf_counter()
     scheduler = _Scheduler(network, _Hierarchy(network, is_cell_output), started + time_limit)
@@ -260,21 +263,23 @@ class _Scheduler:
         run: Callable[[int, _Partial], _Partial | None],
     ) -> _Partial | None:
         """Dynamic programming: of all partial schedules with the same vertices ready, the one of least peak."""
-        waiting = {v: len(row) for v, row in before.items()}
-        memo = {frozenset(v for v, count in waiting.items() if not count): (start, waiting)}
+        place = {v: k for k, v in enumerate(before)}
+        # How many predecessors each vertex still waits for: an array, of which each partial schedule has its own.
+        waiting = array("H", map(len, before.values()))
+        memo = {frozenset(v for v, row in before.items() if not row): (start, waiting)}
         for _ in before:
-            after: dict[frozenset[int], tuple[_Partial, dict[int, int]]] = {}
+            after: dict[frozenset[int], tuple[_Partial, array[int]]] = {}
             for ready, (state, waiting) in memo.items():
-                if time.perf_counter() > self.deadline:
+                if time.perf_counter() > self.deadline or len(memo) + len(after) > SCHEDULES:
                     raise OutOfTimeError
                 for vertex in ready:
                     made = run(vertex, state)
                     if made is None:
                         continue
-                    left = dict(waiting)
+                    left = waiting[:]
                     for other in behind[vertex]:
-                        left[other] -= 1
-                    key = (ready - {vertex}) | {other for other in behind[vertex] if not left[other]}
+                        left[place[other]] -= 1
+                    key = (ready - {vertex}) | {other for other in behind[vertex] if not left[place[other]]}
                     if key not in after or made.peak < after[key][0].peak:
                         after[key] = (made, left)
             memo = after
