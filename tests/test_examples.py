@@ -14,7 +14,12 @@ PROMISES = {
     "plan_any_graph.py": ("bytes spilled and retrieved, optimal", ("graph.json",)),
     "compare_budgets.py": ("mpmf, greedy:", ()),
     "cost_of_a_model.py": ("multiply-accumulates", ("cost.svg",)),
+    "regularise_by_companding.py": ("plain weights again, outputs equal in every bit", ()),
     "run_and_check.py": ("outputs equal in every bit", ()),
+    "sample_any_width.py": ("a quarter of the block's parameters: width 8", ("family.safetensors",)),
+    "shrink_a_vit_by_rank.py": ("parameters before, ", ("student.safetensors",)),
+    "simulate_a_wave.py": ("wrote wave.gif", ("wave.gif",)),
+    "train_experts_and_average.py": ("the folded model has the original names and shapes", ()),
 }
 
 
