@@ -14,6 +14,7 @@ from timm.layers import GluMlp, Mlp, SwiGLU
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 import retensor as rt
 from retensor.compression import ewa
@@ -466,3 +467,30 @@ def test_the_partition_is_over_all_tokens_of_the_batch_so_one_token_a_sample_is_
     model = experts_of(ffn(), 4).train()
     model(torch.randn(8, 1, 6))
     assert ewa.stats(model)[0].tokens == (2, 2, 2, 2)
+
+
+def test_a_pass_through_experts_multiplies_as_much_as_a_plain_one_and_an_ensemble_more() -> None:
+    dense = ffn("swiglu")
+    x = torch.randn(3, 4, 6)
+
+    def flops(model: nn.Module) -> int:
+        with FlopCounterMode(display=False) as counter:
+            model(x).sum().backward()
+        return counter.get_total_flops()
+
+    model = experts_of(dense, 4)
+    assert flops(model.train()) == flops(model.eval()) == flops(dense) > 0
+    ewa.set_eval_mode(model, "ensemble")
+    assert flops(model.eval()) == 4 * flops(dense)
+
+
+def test_gradients_through_a_partition_are_those_of_finite_differences() -> None:
+    model = experts_of(ffn("glu", d=3, h=4).double(), 3).train()
+    x = torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        ewa.use_generator(model, torch.Generator().manual_seed(4))
+        return model(x)
+
+    assert torch.autograd.gradcheck(run, (x,))
+    assert torch.autograd.gradgradcheck(run, (x,))

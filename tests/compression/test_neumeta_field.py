@@ -29,8 +29,7 @@ def by_numpy(field: nm.WeightField, number: int, of: int, shape: tuple[int, ...]
             v = np.concatenate([v[:3] / v[3:], v[3:]])
             phi = [v]
             for wave in (np.sin, np.cos):
-                for k in range(field.freqs):
-                    phi.append(wave(2**k * np.pi * v))
+                phi.extend(wave(2**k * np.pi * v) for k in range(field.freqs))
             x = np.maximum(p["first.weight"] @ np.concatenate(phi) + p["first.bias"], 0)
             for i, scale in enumerate(p["scales"]):
                 x = scale * np.maximum(p[f"inner.{i}.weight"] @ x + p[f"inner.{i}.bias"], 0) + x

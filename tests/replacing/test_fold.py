@@ -66,7 +66,18 @@ def test_parametrizations_are_baked_and_foreign_ones_stay() -> None:
     assert parametrize.is_parametrized(plain[2])
     assert parametrize.is_parametrized(model[0])
     assert torch.equal(plain(x), model(x))
-    assert "0.weight" in plain.state_dict()
+    assert list(plain[0].state_dict()) == ["weight", "bias"]
+
+
+def test_a_recurrent_layer_that_has_run_with_gradients_folds() -> None:
+    model = nn.LSTM(4, 8)
+    for label in ("weight_ih_l0", "weight_hh_l0"):
+        parametrize.register_parametrization(model, label, Doubled())
+    x = torch.randn(3, 2, 4)
+    expected = model(x)[0]
+    plain = rt.fold(model)
+    assert torch.equal(plain(x)[0], expected)
+    assert list(plain.state_dict()) == list(nn.LSTM(4, 8).state_dict())
 
 
 def test_tied_parametrized_tensors_are_tied_when_baked() -> None:

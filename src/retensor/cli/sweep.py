@@ -75,7 +75,7 @@ def sweep(
         Path | None, typer.Option("--picture", metavar="FILE", help="Draw the curves, as .svg or .png.")
     ] = None,
     jobs: Annotated[
-        int, typer.Option("--jobs", metavar="N", help="Plans at once; several run on one thread each. -1 is one a core.")
+        int, typer.Option("--jobs", metavar="N", help="Plans at once; several run on a thread each. -1 is one a core.")
     ] = 1,
     cache: Annotated[
         Path | None,

@@ -92,3 +92,7 @@ def _bake(model: nn.Module) -> None:
                 shared = nn.Parameter(value, requires_grad=trained.requires_grad)
                 plain.setdefault(id(trained), shared)
             module._parameters[label] = shared
+    # torch adds at the end what it gives back; layers list what was parametrized, their weights, before the rest.
+    for module, label, _, _ in reversed(made):
+        if label in module._parameters:
+            module._parameters = {label: module._parameters[label], **module._parameters}

@@ -100,6 +100,11 @@ def replace(
 
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy of a model, or a sentence that says why there is none."""
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase) and parametrize.is_parametrized(module):
+            # It keeps the weights of its last run, which have a history and cannot be copied; it makes them anew.
+            with torch.no_grad():
+                module._init_flat_weights()
     try:
         found = copy.deepcopy(model)
     except (RuntimeError, TypeError) as error:

@@ -111,10 +111,7 @@ def channel_groups(net: nn.Module, example: Any) -> list[ChannelGroup]:
         Where it cannot follow the network.
     """
     found, names = _dependencies(net, example)
-    groups: list[ChannelGroup] = []
-    for group in found.get_all_groups():
-        groups.append(_group(net, group, names))
-    return groups
+    return [_group(net, group, names) for group in found.get_all_groups()]
 
 
 def normalised(net: nn.Module, example: Any) -> dict[str, str]:

@@ -9,6 +9,7 @@ by as much as its paths.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.utils._pytree import tree_leaves, tree_map
 
 from retensor.compression.neumeta.groups import ChannelGroup, channel_groups, normalised, run
-from retensor.errors import MissingExtraError, RetensorError
+from retensor.errors import MissingExtraError
 from retensor.files import described
 from retensor.replacing.replace import copied, replace
 
@@ -65,15 +66,14 @@ def fuse(model: nn.Module, *, example: Any) -> nn.Module:
         fused[name] = fold(layer, after)
     if not fused:
         return model
-    norms = {*pairs.values()}
-    found = replace(
-        model,
-        {
-            lambda name, _: name in fused: _named(model, fused),
-            lambda name, _: name in norms: lambda _: nn.Identity(),
-        },
-    )
-    return found.eval()
+    places: dict[Any, nn.Module] = {exactly(name): layer for name, layer in fused.items()}
+    places |= {exactly(name): nn.Identity() for name in pairs.values()}
+    return replace(model, places).eval()
+
+
+def exactly(name: str) -> Callable[[str, nn.Module], bool]:
+    """A pattern that means the layer of that name alone, whatever letters it has."""
+    return lambda given, _: given == name
 
 
 def total_variation(net: nn.Module) -> float:
@@ -201,13 +201,6 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     )
 
 
-def _named(model: nn.Module, found: dict[str, nn.Module]) -> Any:
-    """A function for ``replace`` that gives what belongs to a layer's name, although it is handed the layer alone."""
-    queue = [found[name] for name, _ in model.named_modules() if name in found]
-    places = iter(queue)
-    return lambda _: next(places)
-
-
 def _variation(tensor: torch.Tensor) -> float:
     tensor = tensor.double()
     found = 0.0
@@ -267,11 +260,3 @@ def _changed(group: ChannelGroup, net: nn.Module, order: list[int]) -> float:
     before = variation()
     group.reorder_(net, torch.tensor(order))
     return variation() - before
-
-
-def checked_runs(net: nn.Module, example: Any) -> list[torch.Tensor]:
-    """Outputs, or a sentence that says why there are none."""
-    try:
-        return outputs_of(net, example)
-    except Exception as error:  # whatever the network raises
-        raise RetensorError(f"the {type(net).__name__} does not run on the example: {error}; give one it takes") from error
