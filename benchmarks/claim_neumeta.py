@@ -10,7 +10,9 @@ trained but for three that are held out, and 6 and 4 are asked for as well. Each
 from __future__ import annotations
 
 import copy
+import importlib
 import math
+import os
 import statistics
 import time
 import warnings
@@ -18,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import joblib
 import torch
 import torch_pruning
 from torch import nn
@@ -45,9 +48,10 @@ ALL = sorted({*SHOWN, *(width + step for width in HELD_OUT for step in (-1, 0, 1
 FIELD = {"hidden": 96, "depth": 3, "freqs": 8}
 BATCH = 64
 WARM = 400
-STEPS = 1000
+STEPS = 2000
+SLIM = 600
 LEARNING_RATE = 1e-3
-MILESTONES = (0.7,)
+MILESTONES = (0.6, 0.85)
 SAMPLES = 20
 FINE_TUNING = 200
 SCRATCHPAD = 16 << 10
@@ -96,58 +100,99 @@ class Run:
 
     base: float
     bypass: float
+    variation: tuple[float, float]
     scores: dict[str, Scores] = field(default_factory=dict)
     dead: dict[str, dict[int, float]] = field(default_factory=dict)
     trapped: dict[str, bool] = field(default_factory=dict)
-    variation: tuple[float, float] = (0.0, 0.0)
     family: nm.NeuMeta | None = None
 
 
-def fitted(space: nm.WidthSpace, recipe: Recipe, data: rt.data.Split, seed: int) -> tuple[nm.NeuMeta, nm.FitReport]:
-    family = nm.NeuMeta(space, **FIELD, seed=seed)
-    if recipe.warm:
-        nm.warm_start(family, steps=WARM, widths=recipe.warm, noise=recipe.noise, seed=seed)
-    report = nm.fit(
-        family, Batches(data, seed), widths=TRAINED, noise=recipe.noise, recon=10.0, steps=STEPS, lr=LEARNING_RATE,
-        milestones=MILESTONES, seed=seed, on_trap="ignore",
-    )  # fmt: skip
-    return family, report
+@dataclass(frozen=True)
+class Steps:
+    """How long everything is trained."""
+
+    warm: int = WARM
+    fit: int = STEPS
+    slim: int = SLIM
+    fine_tuning: int = FINE_TUNING
+    alone: int = REFERENCES["digits-cnn"].steps
 
 
 def scores(make: Callable[[int], nn.Module], data: rt.data.Split, widths: Sequence[int] = ALL) -> Scores:
     return {width: 100 * rt.data.accuracy(make(width), data.x_test, data.y_test) for width in widths}
 
 
-def run(seed: int, progress: Callable[[str], None]) -> Run:
-    model, data = rt.data.reference("digits-cnn", seed=seed)
+def fit_job(
+    seed: int, name: str, space: nm.WidthSpace, steps: Steps
+) -> tuple[int, str, Scores, nm.FitReport, nm.NeuMeta]:
+    """One family of one seed, in a process of its own."""
+    torch.set_num_threads(1)
+    recipe, data = RECIPES[name], rt.data.digits()
+    family = nm.NeuMeta(space, **FIELD, seed=seed)
+    if recipe.warm:
+        nm.warm_start(family, steps=steps.warm, widths=recipe.warm, noise=recipe.noise, seed=seed)
+    report = nm.fit(
+        family, Batches(data, seed), widths=TRAINED, noise=recipe.noise, recon=10.0, steps=steps.fit, lr=LEARNING_RATE,
+        milestones=MILESTONES, seed=seed, on_trap="ignore",
+    )  # fmt: skip
+    samples = SAMPLES if recipe.noise else 1
+    with warnings.catch_warnings():
+        # Widths outside of the trained ones are asked for on purpose.
+        warnings.simplefilter("ignore")
+        return seed, name, scores(lambda width: family.sample(width, k=samples), data), report, family
+
+
+def peer_job(seed: int, name: str, model: nn.Module, steps: Steps) -> tuple[int, str, Scores]:
+    """One baseline of one seed, in a process of its own."""
+    torch.set_num_threads(1)
+    data = rt.data.digits()
     example = data.x[:2]
-    smooth = nm.fuse_and_smooth(model, ["block"], example=example, seconds=1.0)
-    rough = nm.fuse_and_smooth(model, ["block"], example=example, solver="none")
-    found = Run(100 * rt.data.accuracy(model, data.x_test, data.y_test), 0.0, variation=smooth.variation)
-    for name, recipe in RECIPES.items():
+    if name == "L1 pruning":
+        return seed, name, scores(lambda width: pruned(model, example, width), data)
+    if name == "L1 pruning, fine-tuned each":
+        return (
+            seed,
+            name,
+            scores(lambda width: tuned(pruned(model, example, width), data, seed, steps.fine_tuning), data, SHOWN),
+        )
+    if name == "slimmable training":
+        return seed, name, scores(slimmable(model, data, seed, steps.slim), data)
+    return (
+        seed,
+        name,
+        scores(lambda width: model if width == FULL else alone(width, data, seed, steps.alone), data, SHOWN),
+    )
+
+
+PEERS = ("L1 pruning", "L1 pruning, fine-tuned each", "slimmable training", "trained alone each")
+
+
+def run_all(progress: Callable[[str], None], steps: Steps) -> list[Run]:
+    """All families and baselines, on all cores, one thread each."""
+    # Processes find what they run by the name of its module, which that of a file loaded by its path is not.
+    here = importlib.import_module("benchmarks.claim_neumeta")
+    steps = here.Steps(**vars(steps))
+    runs: dict[int, Run] = {}
+    jobs: list[Any] = []
+    for seed in SEEDS:
+        model, data = rt.data.reference("digits-cnn", seed=seed)
+        smooth = nm.fuse_and_smooth(model, ["block"], example=data.x[:2], seconds=1.0)
+        rough = nm.fuse_and_smooth(model, ["block"], example=data.x[:2], solver="none")
+        bypassed = nm.NeuMeta(smooth, hidden=1, depth=1, freqs=1).bypassed()
+        right = [100 * rt.data.accuracy(net, data.x_test, data.y_test) for net in (model, bypassed)]
+        runs[seed] = Run(right[0], right[1], smooth.variation)
+        for name, recipe in RECIPES.items():
+            jobs.append(joblib.delayed(here.fit_job)(seed, name, smooth if recipe.reordered else rough, steps))
+        jobs += [joblib.delayed(here.peer_job)(seed, name, model, steps) for name in PEERS]
+    for done in joblib.Parallel(n_jobs=os.cpu_count(), return_as="generator_unordered")(jobs):
+        seed, name, found = done[:3]
         progress(f"seed {seed}: {name}")
-        family, report = fitted(smooth if recipe.reordered else rough, recipe, data, seed)
-        with warnings.catch_warnings():
-            # Widths outside of the trained ones are asked for on purpose.
-            warnings.simplefilter("ignore")
-            samples = SAMPLES if recipe.noise else 1
-            found.scores[name] = scores(lambda width, f=family, k=samples: f.sample(width, k=k), data)
-        found.dead[name] = report.dead
-        found.trapped[name] = report.trapped
-        if name == "NeuMeta":
-            found.family = family
-            found.bypass = 100 * rt.data.accuracy(family.bypassed(), data.x_test, data.y_test)
-    progress(f"seed {seed}: pruning, slimmable training, and networks of each width")
-    found.scores["L1 pruning"] = scores(lambda width: pruned(model, example, width), data)
-    found.scores["L1 pruning, fine-tuned each"] = scores(
-        lambda width: tuned(pruned(model, example, width), data, seed), data, SHOWN
-    )
-    slim = slimmable(model, data, seed)
-    found.scores["slimmable training"] = scores(lambda width: slim(width), data)
-    found.scores["trained alone each"] = scores(
-        lambda width: model if width == FULL else alone(width, data, seed), data, SHOWN
-    )
-    return found
+        runs[seed].scores[name] = found
+        if name in RECIPES:
+            runs[seed].dead[name], runs[seed].trapped[name] = done[3].dead, done[3].trapped
+            if name == "NeuMeta":
+                runs[seed].family = done[4]
+    return [runs[seed] for seed in SEEDS]
 
 
 def pruned(model: nn.Module, example: torch.Tensor, width: int) -> nn.Module:
@@ -163,28 +208,28 @@ def pruned(model: nn.Module, example: torch.Tensor, width: int) -> nn.Module:
     return model.eval()
 
 
-def tuned(model: nn.Module, data: rt.data.Split, seed: int) -> nn.Module:
+def tuned(model: nn.Module, data: rt.data.Split, seed: int, steps: int) -> nn.Module:
     """All of a pruned network's values trained on."""
-    rt.data.fit(model, data.x, data.y, steps=FINE_TUNING, lr=1e-3, schedule="cosine", seed=seed)
+    rt.data.fit(model, data.x, data.y, steps=steps, lr=1e-3, schedule="cosine", seed=seed)
     return model
 
 
-def alone(width: int, data: rt.data.Split, seed: int) -> nn.Module:
+def alone(width: int, data: rt.data.Split, seed: int, steps: int) -> nn.Module:
     """A network of its own, as the reference one was trained."""
     recipe = REFERENCES["digits-cnn"]
     with rt.data.seeded(seed):
         model = DigitsCNN(width)
     rt.data.fit(
-        model, data.x, data.y, steps=recipe.steps, batch=recipe.batch, lr=recipe.lr, weight_decay=recipe.weight_decay,
+        model, data.x, data.y, steps=steps, batch=recipe.batch, lr=recipe.lr, weight_decay=recipe.weight_decay,
         seed=seed,
     )  # fmt: skip
     return model
 
 
-def slimmable(model: nn.Module, data: rt.data.Split, seed: int) -> Callable[[int], nn.Module]:
+def slimmable(model: nn.Module, data: rt.data.Split, seed: int, steps: int) -> Callable[[int], nn.Module]:
     """The block's weights trained so that their first channels work alone: any width is a slice.
 
-    Universally slimmable training from the same network, with the same fixed layers and as many steps: channels in the
+    Universally slimmable training from the same network, with the same fixed layers: channels in the
     order of their L1 norms, and at each step the largest width, the least, and two at random that are taught by the
     largest (the sandwich rule and in-place distillation). Normalisations are fused, so none has to be measured anew.
     """
@@ -203,12 +248,12 @@ def slimmable(model: nn.Module, data: rt.data.Split, seed: int) -> Callable[[int
         }
 
     optimizer = torch.optim.AdamW(shared, lr=1e-3)
-    rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
     loader, taken = Batches(data, seed), 0
-    while taken < STEPS:
+    while taken < steps:
         for x, y in loader:
-            if taken == STEPS:
+            if taken == steps:
                 break
             optimizer.zero_grad()
             largest = functional_call(net, sliced(FULL), (x,))
@@ -261,8 +306,8 @@ def verdict(held: bool, partly: bool = False) -> Verdict:
     return "held" if held else "partly held" if partly else "not held"
 
 
-def measure(progress: Callable[[str], None]) -> Report:
-    runs = [run(seed, progress) for seed in SEEDS]
+def measure(progress: Callable[[str], None], steps: Steps = Steps()) -> Report:
+    runs = run_all(progress, steps)
     claims = [
         *accuracy_claims(runs),
         *ablation_claims(runs),
@@ -311,7 +356,7 @@ def accuracy_claims(runs: Sequence[Run]) -> Iterator[Claim]:
     rows = [
         ("L1 pruning", "torch-pruning's L1 magnitude, no fine-tuning", "Sampled networks beat pruned ones."),
         ("trained alone each", "a network trained for each width", "Sampled networks match individual training."),
-        ("slimmable training", "universally slimmable training, same steps and fixed layers",
+        ("slimmable training", f"universally slimmable training, {SLIM} steps of four widths, same fixed layers",
          "(ours) Sampled networks match slimmable ones."),
     ]  # fmt: skip
     for name, baseline, statement in rows:
@@ -516,7 +561,7 @@ def total(sheet: rt.CostSheet) -> int:
 
 def accuracy_table(runs: Sequence[Run]) -> Table:
     rows: list[list[str | float]] = []
-    for name in runs[0].scores:
+    for name in (*RECIPES, *PEERS):
         for width in SHOWN:
             each = [run.scores[name][width] for run in runs]
             rows.append([name, str(width), *each, mean(each)])

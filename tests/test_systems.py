@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import retensor as rt
-from retensor.claims import SYSTEMS_BLOCK, find_claims, status_of
+from retensor.claims import SCHEMA, SYSTEMS_BLOCK, find_claims, status_of
 from retensor.systems import SYSTEMS
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +64,8 @@ def test_the_wing_offers_its_systems_and_no_other_name() -> None:
 def test_the_status_counts_verdicts(tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     verdicts = ("held", "not held", "held", "partly held")
-    result = {"slug": "cosma", "claims": [{"verdict": verdict} for verdict in verdicts]}
+    result = {"schema": SCHEMA, "slug": "cosma", "claims": [{"verdict": verdict} for verdict in verdicts]}
+    (tmp_path / "results" / "of-others.json").write_text('{"a": 1}')
     (tmp_path / "results" / "cosma.json").write_text(json.dumps(result))
     assert status_of(SYSTEMS[0], tmp_path) == "2 held, 1 partly held, 1 not held"
     assert status_of(SYSTEMS[1], tmp_path) == "not measured"

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from retensor.errors import RetensorError
 from retensor.files import write_atomic
+from retensor.jsonfile import read_json
 from retensor.systems import SYSTEMS, System
 
 SCHEMA = "retensor.claims/1"
@@ -88,7 +89,10 @@ def find_claims(folder: Path) -> dict[str, Path]:
         raise RetensorError(
             f"there is no folder '{folder}'; run this in a checkout of retensor, or name its benchmarks"
         )
-    return {path.stem.removeprefix("claim_"): path for path in sorted(folder.glob("claim_*.py"))}
+    found = {path.stem.removeprefix("claim_"): path for path in sorted(folder.glob("claim_*.py"))}
+    if not found:
+        raise RetensorError(f"the folder '{folder}' has no file claim_*.py; run this in a checkout of retensor")
+    return found
 
 
 def run_claims(folder: Path, slugs: Sequence[str], progress: Callable[[str], None]) -> list[Report]:
@@ -223,7 +227,9 @@ def _renew(target: Path, marks: tuple[str, str], lines: Sequence[str]) -> None:
 
 
 def _results(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted((folder / "results").glob("*.json"))]
+    """What was measured; JSON files of others in that folder are passed over."""
+    found = [read_json(path, "result", RetensorError) for path in sorted((folder / "results").glob("*.json"))]
+    return [result for result in found if isinstance(result, dict) and result.get("schema") == SCHEMA]
 
 
 def _section(result: Mapping[str, Any]) -> list[str]:

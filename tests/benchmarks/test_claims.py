@@ -73,10 +73,42 @@ def test_results_become_a_table_and_a_readme_block(tmp_path: Path) -> None:
 
 
 def test_unknown_claims_and_folders_are_named(tmp_path: Path) -> None:
-    with pytest.raises(RetensorError, match="no claim is named 'nothing'; there are: cosma"):
+    with pytest.raises(RetensorError, match="no claim is named 'nothing'; there are: apriori_conv, cosma"):
         run_claims(ROOT / "benchmarks", ["nothing"], print)
     with pytest.raises(RetensorError, match="there is no folder"):
         find_claims(tmp_path / "none")
+    with pytest.raises(RetensorError, match="has no file claim_"):
+        find_claims(tmp_path)
+
+
+def test_what_was_measured_against_a_named_peer_is_not_measured_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "claim_demo.py").write_text(
+        "from retensor.claims import Claim, Report\n"
+        "def measure(progress):\n"
+        "    claim = Claim('a', 'b', 'c', 'd', 'e', 'held')\n"
+        "    return Report('demo', 'Demo', 'Somebody', [claim], environment=['DEMO'])\n"
+    )
+    monkeypatch.setenv("DEMO", "here")
+    run_claims(tmp_path, ["demo"], print)
+    stored = json.loads((tmp_path / "results" / "demo.json").read_text())
+    assert stored["command"] == "DEMO=... retensor claims demo"
+    monkeypatch.delenv("DEMO")
+    with pytest.raises(RetensorError, match="'demo' was measured against what DEMO named; set it"):
+        run_claims(tmp_path, ["demo"], print)
+    told: list[str] = []
+    assert run_claims(tmp_path, [], told.append) == []
+    assert told == ["'demo' is left as it is: DEMO is not set"]
+
+
+def test_results_that_are_broken_are_named_and_those_of_others_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "other.json").write_text('{"a": 1}')
+    write_table(tmp_path, tmp_path / "CLAIMS.md")
+    (tmp_path / "results" / "broken.json").write_text("[1,2")
+    with pytest.raises(RetensorError, match=r"broken\.json"):
+        write_table(tmp_path, tmp_path / "CLAIMS.md")
 
 
 def test_claims_md_and_the_readme_are_those_of_the_results(tmp_path: Path) -> None:

@@ -69,8 +69,8 @@ def test_values_are_those_of_numpy() -> None:
     loss = pela.PELALoss(teacher, student, alpha=0.7, gamma=3.0, eps=0.01, beta=0.2)
     total, parts = loss(x, lambda out: (out**2).mean())
     fd, wp = in_numpy(teacher, student, x, 0.01)
-    logit = float(((student(x) - teacher(x)) ** 2).mean())
-    task = float((student(x) ** 2).mean())
+    logit = ((student(x) - teacher(x)) ** 2).mean().item()
+    task = (student(x) ** 2).mean().item()
     assert {name: float(value) for name, value in parts.items()} == pytest.approx(
         {"task": task, "fd": fd, "wp": wp, "logit": logit}, rel=1e-12
     )
@@ -93,7 +93,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
                 fd, wp = in_numpy(teacher, student, x, 0.01)
                 out = student(x)
                 rest = (out**2).mean() + 0.2 * ((out - teacher(x)) ** 2).mean()
-                values.append(0.7 * fd + 3 * wp + float(rest))
+                values.append(0.7 * fd + 3 * wp + rest.item())
                 with torch.no_grad():
                     parameter.reshape(-1)[at] -= step
             assert float(gradient[at]) == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5, abs=1e-8), name

@@ -72,15 +72,19 @@ def test_few_samples_are_of_all_classes_alike(samples: int) -> None:
     assert not torch.equal(split.few(samples, seed=3).x, few.x)
 
 
-@pytest.mark.parametrize("samples", [0, -1, 1079])
+@pytest.mark.parametrize("samples", [0, -1, 1079, 2.5])
 def test_samples_that_are_not_there_are_refused(samples: int) -> None:
     with pytest.raises(ValueError, match="of 1078 cannot be taken"):
         rt.data.digits().few(samples)
 
 
 def test_a_share_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match="lies between 0 and 1, not at 1"):
+    with pytest.raises(ValueError, match=r"lies between 0 and 1 and leaves some on both sides, not 1\.0"):
         rt.data.digits(test=1.0)
+    with pytest.raises(ValueError, match="leaves some on both sides, not 1e-09"):
+        rt.data.digits(test=1e-9)
+    with pytest.raises(ValueError, match="a whole number from 0 on, not -1"):
+        rt.data.digits(seed=-1)
 
 
 @pytest.mark.usefixtures("no_network")
@@ -129,6 +133,21 @@ def test_training_learns_by_every_schedule(schedule: str) -> None:
     assert seen == list(range(120))
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
     assert accuracy(model, split.x_test, split.y_test) > 0.8
+    assert model.training
+
+
+def test_accuracy_wants_one_class_an_input_and_leaves_every_mode() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    model[1].eval()
+    x, y = torch.randn(6, 2), torch.zeros(6, dtype=torch.int64)
+    assert 0 <= accuracy(model, x, y) <= 1
+    assert model.training
+    assert not model[1].training
+    for wrong in (y[:, None], y[:1], y[:0]):
+        with pytest.raises(ValueError, match="6 inputs need one class each"):
+            accuracy(model, x, wrong)
+    with pytest.raises(ValueError, match="the model gives classes of shape"):
+        accuracy(nn.Unflatten(1, (1, 2)), x, y)
     assert model.training
 
 
@@ -188,6 +207,13 @@ def test_a_reference_is_good_trained_once_and_made_anew_when_damaged(
 def test_references_know_their_digits(name: str, least: float) -> None:
     model, split = reference(name)
     assert accuracy(model, split.x_test, split.y_test) > least
+
+
+def test_a_reference_comes_without_a_cache_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETENSOR_CACHE", "/proc/none")
+    recipe = REFERENCES["digits-mlp"]
+    monkeypatch.setitem(REFERENCES, "digits-mlp", recipe.__class__(recipe.make, recipe.data, steps=5))
+    assert not reference("digits-mlp")[0].training
 
 
 def test_a_name_that_is_none_is_told() -> None:

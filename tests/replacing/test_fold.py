@@ -47,6 +47,20 @@ def test_the_model_itself_and_shared_and_nested_replacements_fold() -> None:
     assert str(rt.fold(nn.Sequential(Outer()))) == str(nn.Sequential(nn.Linear(4, 4)))
 
 
+def test_what_comes_out_of_a_replacement_is_folded_too_with_its_hooks() -> None:
+    class Holder(SameLinear):
+        def to_dense(self) -> nn.Module:
+            return nn.Sequential(self.part)
+
+    holder, calls = Holder(4, 4), []
+    holder.part = same(nn.Linear(4, 4))
+    holder.part.register_forward_hook(lambda m, a, o: calls.append(1))
+    done = rt.fold(nn.Sequential(holder))
+    done(torch.ones(1, 4))
+    assert type(done[0][0]) is nn.Linear
+    assert calls == [1]
+
+
 def test_hooks_type_and_mode_stay() -> None:
     calls: list[int] = []
     done = rt.replace(net().double().eval(), {"3": same})

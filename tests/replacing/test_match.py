@@ -52,6 +52,12 @@ def test_what_is_no_pattern_is_refused(pattern: object) -> None:
         matching(net(), pattern)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("glob", ["[z-a]", "[!]", "[", "[]", "[!a", "]"])
+def test_odd_brackets_mean_what_the_shells_mean(glob: str) -> None:
+    for name in ("a", "z", "[", "]", "[!]", "[]", "[!a"):
+        assert meaning(glob)(name, nn.Module()) == fnmatch.fnmatchcase(name, glob)
+
+
 letters = st.text(alphabet="ab1[]!^\\*?.-", max_size=8)
 
 

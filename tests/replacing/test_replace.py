@@ -52,6 +52,28 @@ def test_a_function_may_leave_a_layer_by_none_or_by_itself() -> None:
     assert torch.equal(done.eval()(x), model.eval()(x))
 
 
+def test_a_function_that_leaves_a_container_is_asked_for_what_is_inside() -> None:
+    for pattern in ("**", nn.Module):
+        done = rt.replace(net(), {pattern: lambda layer: same(layer) if isinstance(layer, nn.Linear) else None})
+        assert sum(isinstance(m, SameLinear) for m in done.modules()) == 3
+
+
+def test_what_goes_on_inside_a_replacement_keeps_its_mode() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+    model[0][1].eval()
+    done = rt.replace(model, {"0": Keeper})
+    assert done[0].training
+    assert done[0].layer[0].training
+    assert not done[0].layer[1].training
+
+
+def test_layers_without_a_shape_and_scripted_models_are_refused() -> None:
+    with pytest.raises(ValueError, match="'0' has no shape yet; run the model once"):
+        rt.replace(nn.Sequential(nn.LazyLinear(3)), {"0": nn.Identity()})
+    with pytest.raises(TypeError, match="before scripting"):
+        rt.replace(torch.jit.script(net()), {"0": nn.Identity()})
+
+
 def test_the_model_itself_can_be_replaced() -> None:
     layer = nn.Linear(3, 2)
     done = rt.replace(layer, {nn.Linear: same})

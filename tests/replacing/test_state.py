@@ -64,6 +64,62 @@ def test_ties_and_shared_layers_are_kept_once_and_are_one_again(tmp_path: Path) 
     assert torch.equal(back[0].inner.weight, twice[0].inner.weight)
 
 
+def test_a_parametrized_layer_in_two_places_is_parametrized_once(tmp_path: Path) -> None:
+    layer = nn.Linear(4, 4)
+    parametrize.register_parametrization(layer, "weight", Doubled())
+    model, other, x = nn.Sequential(layer, nn.ReLU(), layer), nn.Linear(4, 4), torch.randn(2, 4)
+    rt.save(model, tmp_path / "s.safetensors")
+    back = rt.load(tmp_path / "s.safetensors", nn.Sequential(other, nn.ReLU(), other))
+    assert torch.equal(back(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        (nn.Linear(2, 2, dtype=torch.complex64), "is of type torch.float32"),
+        (nn.Linear(2, 2, device="meta"), "lies on the meta device"),
+        (torch.jit.script(nn.Linear(2, 2)), "not scripted yet"),
+    ],
+)
+def test_bases_of_other_kinds_are_told(tmp_path: Path, base: nn.Module, said: str) -> None:
+    rt.save(nn.Linear(2, 2), tmp_path / "m.safetensors")
+    with pytest.raises((RetensorError, TypeError), match=said):
+        rt.load(tmp_path / "m.safetensors", base)
+
+
+class Configured(Keeper):
+    """Says something else than a dict, or no JSON."""
+
+    said: Any = None
+
+    def config(self) -> Any:
+        return self.said
+
+
+@pytest.mark.parametrize(("said", "told"), [(None, "a dict is needed"), ({"type": torch.float32}, "is no JSON")])
+def test_configurations_that_are_none_are_told(tmp_path: Path, said: Any, told: str) -> None:
+    model = Configured(nn.Linear(2, 2))
+    model.said = said
+    with pytest.raises(RetensorError, match=told):
+        rt.save(model, tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(2, dtype=torch.complex128),
+        torch.zeros(2, device="meta"),
+        torch.eye(2).to_sparse(),
+        torch.quantize_per_tensor(torch.zeros(2), 1.0, 0, torch.qint8),
+    ],
+)
+def test_tensors_that_cannot_be_kept_are_told_by_name(tmp_path: Path, tensor: torch.Tensor) -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("odd", tensor)
+    with pytest.raises(RetensorError, match="'odd' of the model's state has"):
+        rt.save(model, tmp_path / "m.safetensors")
+
+
 def test_the_header_says_how_to_rebuild(tmp_path: Path) -> None:
     rt.save(rt.replace(net(), {"2": same}), tmp_path / "m.safetensors")
     header = read_header(tmp_path / "m.safetensors")
@@ -138,6 +194,7 @@ def written(path: Path, **changes: Any) -> Path:
         ({"replacements": [{"name": "2", "kind": SameLinear.kind(), "config": {"inputs": -1, "outputs": 8}}]}, "made"),
         ({"replacements": [{"name": "2", "kind": Doubled.kind(), "config": {}}]}, "in the place of another kind"),
         ({"shared": {"9": "2"}}, "replaces '9', which the base lacks"),
+        ({"shared": {"2.inner": "2"}}, "which lies around it"),
         (
             {"parametrizations": [{"name": "0", "tensor": "no", "kind": Doubled.kind(), "config": {}}]},
             "has no tensor 'no'",

@@ -150,7 +150,7 @@ def compare(
 
 
 def _check_names(names: Sequence[str], count: int) -> None:
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"names are a sequence of str, one a model, not {described(names, 60)}")
     if len(names) != count or len(set(names)) != count:
         raise ValueError(f"{count} models need {count} names, each another, not {described(list(names), 60)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,8 +152,10 @@ def reference(name: str, *, seed: int = 0) -> tuple[nn.Module, Split]:
         model, data.x, data.y, steps=recipe.steps, batch=recipe.batch, lr=recipe.lr, weight_decay=recipe.weight_decay,
         seed=seed,
     )  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save(model, path)
+    # Where the cache cannot be written, the next call trains again.
+    with suppress(OSError, RetensorError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(model, path)
     return model.eval(), data
 
 

@@ -112,11 +112,29 @@ def fit(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor, *, batch: int = 512) -> float:
-    """The share of samples whose class a model tells, in eval mode; its mode is as before afterwards."""
-    training = model.training
+    """The share of samples whose class a model tells, in eval mode; every module's mode is as before afterwards.
+
+    Raises
+    ------
+    ValueError
+        Where there is not one class for each input, or the model does not give one row of scores for each.
+    """
+    if y.ndim != 1 or len(x) != len(y) or not len(x):
+        raise ValueError(f"{len(x)} inputs need one class each, a tensor of shape [{len(x)}], not {list(y.shape)}")
+    training = [module for module in model.modules() if module.training]
     model.eval()
-    right = sum(int((model(a).argmax(-1) == b).sum()) for a, b in zip(x.split(batch), y.split(batch), strict=True))
-    model.train(training)
+    try:
+        right = 0
+        for a, b in zip(x.split(batch), y.split(batch), strict=True):
+            told = model(a).argmax(-1)
+            if told.shape != b.shape:
+                raise ValueError(
+                    f"the model gives classes of shape {list(told.shape)} for {len(b)} inputs; one each is needed"
+                )
+            right += int((told == b).sum())
+    finally:
+        for module in training:
+            module.training = True
     return right / len(x)
 
 

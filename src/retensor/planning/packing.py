@@ -282,6 +282,8 @@ class _Search:
             offsets = tuple(places[i] for i in range(len(self.blocks)))
             if self.best is None or self._height(offsets) < self._height():
                 self.best = offsets
+            if self.clock.left <= 0:
+                break
 
     def _height(self, offsets: Sequence[int] | None = None) -> int:
         chosen = self.best if offsets is None else offsets
@@ -290,10 +292,10 @@ class _Search:
 
     def _next(self, capacity: int) -> int:
         """The least capacity above ``capacity`` in which some buffer can lie higher than in it."""
-        return min(
-            (((capacity - b.size) // self.unit + 1) * self.unit + b.size for b in self.blocks if b.size),
-            default=capacity + 1,
-        )
+        tops = [((capacity - b.size) // self.unit + 1) * self.unit + b.size for b in self.blocks if b.size]
+        # An empty buffer takes no room but may have to lie high.
+        ends = [offset + self.blocks[i].size for i, offset in self.fixed.items()]
+        return min([*tops, *(end for end in ends if end > capacity)], default=capacity + 1)
 
     def _too_small(self, capacity: int) -> str | None:
         for b in self.buffers:

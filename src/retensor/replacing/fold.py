@@ -37,31 +37,40 @@ def fold(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"an nn.Module is folded, not {described(model)}")
-    model = copied(model)
+    model, asked = copied(model), dict[int, nn.Module]()
+    # What a replacement turns into may hold further ones.
+    while True:
+        model, changed = _folded(model, asked)
+        if not changed:
+            break
+    _bake(model)
+    return model
+
+
+def _folded(model: nn.Module, asked: dict[int, nn.Module]) -> tuple[nn.Module, bool]:
+    """The model with its outermost replacements folded, none of which was asked before; whether there was one."""
     dense: dict[int, nn.Module] = {}
     places: list[tuple[str, int]] = []
     for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, Replacement):
+        if any(name.startswith(f"{outer}." if outer else "") for outer, _ in places):
+            # It goes with the replacement it lies in, or comes up again in what that turns into.
+            continue
+        if not isinstance(module, Replacement) or (id(module) in asked and id(module) not in dense):
             continue
         if id(module) not in dense:
+            asked[id(module)] = module
             plain = module.to_dense()
             if plain is None:
                 continue
             settle(module, plain)
             dense[id(module)] = plain
         places.append((name, id(module)))
-    folded: list[str] = []
     for name, key in places:
-        if any(name.startswith(f"{outer}." if outer else "") for outer in folded):
-            # Gone with the replacement it lay in.
-            continue
-        folded.append(name)
         if name:
             put(model, name, dense[key])
         else:
             model = dense[key]
-    _bake(model)
-    return model
+    return model, bool(dense)
 
 
 def _bake(model: nn.Module) -> None:

@@ -94,9 +94,15 @@ def _translated(glob: str) -> Iterator[str]:
         elif glob[at] == "?":
             yield "[^.]"
             at += 1
-        elif glob[at] == "[" and (end := glob.find("]", at + 2)) > 0:
+        elif glob[at] == "[" and (end := glob.find("]", at + (3 if glob.startswith("[!", at) else 2))) > 0:
             inside = glob[at + 1 : end].replace("\\", "\\\\").replace("[", "\\[")
-            yield f"[^{inside[1:]}]" if inside.startswith("!") else f"[{inside.replace('^', chr(92) + '^')}]"
+            one = f"[^.{inside[1:]}]" if inside.startswith("!") else f"[{inside.replace('^', chr(92) + '^')}]"
+            try:
+                re.compile(one)
+            except re.error:
+                # A range that runs backwards means no letter.
+                one = "(?!)"
+            yield one
             at = end + 1
         else:
             yield re.escape(glob[at])

@@ -46,7 +46,7 @@ def replace(
         A pattern is a glob of names, a class of layers, or a function of name and module
         (:func:`retensor.replacing.matching`). The first pattern that means a layer takes it, and outer layers go before
         what is inside them. A function is given the layer (of the copy) and returns what stands in its place, the
-        layer itself or None to leave it; a module is copied into every place.
+        layer itself to leave it, or None to leave it and go on inside it; a module is copied into every place.
     tied : {"refuse", "both"}
         What to do where a layer shares a parameter with another one and the replacement does not keep it: refuse, or
         replace all its owners by the same function. What comes out equal then is tied again.
@@ -85,8 +85,7 @@ def replace(
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
         modules[id(module)] = module
-    chosen = _choose(modules, names, replacements, unmatched)
-    made = {key: _made(modules[key], maker, names[key][0]) for key, maker in chosen.items()}
+    chosen, made = _choose(modules, names, replacements, unmatched)
     _keep_ties(model, modules, names, chosen, made, tied)
     for key, new in made.items():
         settle(modules[key], new)
@@ -135,7 +134,11 @@ def settle(old: nn.Module, new: nn.Module) -> None:
     # Complex parts would be cut off by a change to a real type.
     if len(types) == 1 and floats - types and not any(tensor.is_complex() for tensor in mine):
         new.to(dtype=types.pop())
-    new.train(old.training)
+    # The old module may go on inside the new one, with parts in a mode of their own.
+    kept = {id(module) for module in old.modules()}
+    for module in new.modules():
+        if id(module) not in kept:
+            module.training = old.training
     for label in _HOOKS:
         getattr(new, label).update(getattr(old, label))
         # The old module may go on inside the new one; its hooks would then run twice.
@@ -166,6 +169,8 @@ def put(model: nn.Module, name: str, new: nn.Module) -> None:
 def _check(model: Any, replacements: Any, tied: Any, unmatched: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"layers of an nn.Module are replaced, not of {described(model)}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("layers of a scripted model cannot be replaced; replace them before scripting")
     if not isinstance(replacements, Mapping) or not replacements:
         raise TypeError(
             f"replacements are a mapping such as {{'blocks.*.mlp': make}} with at least one pattern, "
@@ -195,13 +200,17 @@ def _choose(
     names: dict[int, list[str]],
     replacements: Mapping[Any, Maker],
     unmatched: str,
-) -> dict[int, Maker]:
-    """The maker of every layer that is to be replaced, by the layer's identity; nothing inside a replaced layer."""
+) -> tuple[dict[int, Maker], dict[int, nn.Module]]:
+    """The maker of every layer that is to be replaced and what it made, by the layer's identity.
+
+    Nothing inside a replaced layer is asked for; inside one that a maker leaves by None everything is.
+    """
     patterns: list[tuple[Pattern, Callable[[str, nn.Module], bool], Maker]] = [
         (pattern, meaning(pattern), maker) for pattern, maker in replacements.items()
     ]
     used: set[int] = set()
     chosen: dict[int, Maker] = {}
+    made: dict[int, nn.Module] = {}
     inside: dict[int, str] = {}
     # Names come outermost first.
     for key, module in modules.items():
@@ -209,8 +218,12 @@ def _choose(
         if key in inside:
             continue
         used.update(matched)
-        if matched:
-            chosen[key] = patterns[matched[0]][2]
+        if not matched:
+            continue
+        maker = patterns[matched[0]][2]
+        new = _made(module, maker, names[key][0])
+        if new is not None:
+            chosen[key], made[key] = maker, new
             for child in module.modules():
                 if child is not module:
                     inside[id(child)] = names[key][0]
@@ -221,7 +234,7 @@ def _choose(
         if unmatched == "raise":
             raise ValueError(told)
         warnings.warn(told, stacklevel=3)
-    return chosen
+    return chosen, made
 
 
 def _idle(pattern: Any, modules: dict[int, nn.Module], names: dict[int, list[str]], within: Mapping[str, str]) -> str:
@@ -237,11 +250,11 @@ def _idle(pattern: Any, modules: dict[int, nn.Module], names: dict[int, list[str
     return f"pattern {shown(pattern)} means no layer; {suggestions(pattern, itertools.chain(*names.values()))}"
 
 
-def _made(layer: nn.Module, maker: Maker, name: str) -> nn.Module:
+def _made(layer: nn.Module, maker: Maker, name: str) -> nn.Module | None:
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in layer.parameters()):
+        raise ValueError(f"'{name}' has no shape yet; run the model once before its layers are replaced")
     new = copy.deepcopy(maker) if isinstance(maker, nn.Module) else maker(layer)
-    if new is None:
-        return layer
-    if not isinstance(new, nn.Module):
+    if new is not None and not isinstance(new, nn.Module):
         raise TypeError(f"the replacement for '{name}' came out as {described(new)}; a module is needed")
     return new
 
@@ -287,7 +300,7 @@ def _keep_ties(
             if places[key] is None:
                 places[key] = key
                 chosen[key] = maker
-                made[key] = _made(modules[key], maker, names[key][0])
+                made[key] = _made(modules[key], maker, names[key][0]) or modules[key]
         first, *rest = dict.fromkeys(place for place in places.values() if place is not None)
         for other in rest:
             if not _tie(made[first], made[other]):

@@ -54,6 +54,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     parametrizations: list[dict[str, Any]] = []
     shared: dict[str, str] = {}
     seen: dict[int, str] = {}
+    parametrized: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if any(_inside(name, outer) for outer in (*seen.values(), *shared)):
             continue
@@ -64,6 +65,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             seen[id(module)] = name
             replacements.append({"name": name, **_described(module, name)})
         elif parametrize.is_parametrized(module):
+            if id(module) in parametrized:
+                shared[name] = parametrized[id(module)]
+                continue
+            parametrized[id(module)] = name
             parametrizations.extend(
                 {"name": name, "tensor": label, **_described(step, name)}
                 for label, steps in module.parametrizations.items()
@@ -77,7 +82,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "shared": shared,
         "tied": tied,
     }
-    write_atomic(path, _safetensors().save(tensors, metadata={KEY: json.dumps(header)}))
+    try:
+        content = _safetensors().save(tensors, metadata={KEY: json.dumps(header)})
+    except (TypeError, ValueError) as error:
+        raise RetensorError(f"the configuration of a replacement is no JSON: {brief(error)}") from None
+    write_atomic(path, content)
 
 
 def load(path: str | os.PathLike[str], base: nn.Module | None = None) -> nn.Module:
@@ -105,6 +114,8 @@ def load(path: str | os.PathLike[str], base: nn.Module | None = None) -> nn.Modu
     """
     if base is not None and not isinstance(base, nn.Module):
         raise TypeError(f"the base of a saved state is an nn.Module, not {described(base)}")
+    if isinstance(base, torch.jit.ScriptModule):
+        raise TypeError("the base of a saved state is a model that is not scripted yet; load before scripting")
     shown = brief(path)
     tensors, header = _read(Path(path), shown)
     model = _rebuilt(base, header, shown)
@@ -112,8 +123,7 @@ def load(path: str | os.PathLike[str], base: nn.Module | None = None) -> nn.Modu
         if kept not in tensors or name in tensors:
             raise RetensorError(f"'{shown}' ties '{brief(name)}' to '{brief(kept)}', which it does not hold")
         tensors[name] = tensors[kept]
-    mine = model.state_dict(keep_vars=True)
-    _compare({name: tuple(t.shape) for name, t in tensors.items()}, _shapes(mine), shown)
+    _compare(tensors, model.state_dict(keep_vars=True), shown)
     model.load_state_dict(tensors)
     _tie(model, header["tied"])
     return model
@@ -140,6 +150,9 @@ def _state(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, torch.Tensor):
             raise RetensorError(f"'{name}' of the model's state is {described(tensor)}; only tensors are kept")
+        if tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided or tensor.dtype == torch.complex128:
+            what = "no values" if tensor.is_meta else f"the type {tensor.dtype} and layout {tensor.layout}"
+            raise RetensorError(f"'{name}' of the model's state has {what}, which safetensors does not keep")
         key = (
             tensor.untyped_storage().data_ptr(),
             tensor.storage_offset(),
@@ -161,6 +174,8 @@ def _described(module: _Kind, name: str) -> dict[str, Any]:
         config = module.config()
     except NotImplementedError as error:
         raise RetensorError(f"'{name}': {error}") from None
+    if not isinstance(config, dict):
+        raise RetensorError(f"'{name}': config() of {type(module).__name__} is {described(config)}; a dict is needed")
     return {"kind": module.kind(), "config": config}
 
 
@@ -231,6 +246,8 @@ def _rebuilt(base: nn.Module | None, header: Mapping[str, Any], shown: str) -> n
         put(model, name, new)
     for name, same in header["shared"].items():
         _found(model, name, shown)
+        if _inside(name, same) or _inside(same, name):
+            raise RetensorError(f"'{shown}' puts '{brief(same)}' in the place of '{brief(name)}', which lies around it")
         put(model, name, _found(model, same, shown))
     for entry in header["parametrizations"]:
         layer = _found(model, entry["name"], shown)
@@ -270,19 +287,27 @@ def _tie(model: nn.Module, tied: Mapping[str, str]) -> None:
             owner._parameters[leaf] = source._parameters[label]
 
 
-def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
-
-
-def _compare(theirs: Mapping[str, tuple[int, ...]], ours: Mapping[str, tuple[int, ...]], shown: str) -> None:
+def _compare(theirs: Mapping[str, torch.Tensor], ours: Mapping[str, torch.Tensor], shown: str) -> None:
     strange = [name for name in theirs if name not in ours]
     absent = [name for name in ours if name not in theirs]
     if strange or absent:
         what = f"holds '{brief(strange[0])}', which the model lacks" if strange else f"lacks '{absent[0]}'"
         raise RetensorError(f"'{shown}' {what}; give a model like the one it was saved from")
-    for name, shape in theirs.items():
-        if shape != ours[name]:
+    for name, tensor in theirs.items():
+        mine = ours[name]
+        if tensor.shape != mine.shape:
             raise RetensorError(
-                f"'{brief(name)}' has shape {list(shape)} in '{shown}' and {list(ours[name])} in the model; give a "
-                "model like the one it was saved from"
+                f"'{brief(name)}' has shape {list(tensor.shape)} in '{shown}' and {list(mine.shape)} in the model; "
+                "give a model like the one it was saved from"
+            )
+        if mine.is_meta:
+            raise RetensorError(
+                f"'{brief(name)}' of the model lies on the meta device, where values cannot be loaded; make the base "
+                "on a real one, or call to_empty before"
+            )
+        # Within floating-point types a value is rounded; between kinds it would be another one.
+        if (tensor.is_floating_point(), tensor.is_complex()) != (mine.is_floating_point(), mine.is_complex()):
+            raise RetensorError(
+                f"'{brief(name)}' is of type {tensor.dtype} in '{shown}' and {mine.dtype} in the model; give a model "
+                "like the one it was saved from"
             )

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 # Rows that are worked out at once where no gradient is needed, so that memory stays bounded.
-_CHUNK = 16_384
+_CHUNK = 2_048
 
 
 class WeightField(nn.Module):
