@@ -79,9 +79,9 @@ def test_samples_that_are_not_there_are_refused(samples: int) -> None:
 
 
 def test_a_share_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"lies between 0 and 1 and leaves some on both sides, not 1\.0"):
+    with pytest.raises(ValueError, match=r"leaves some of each class on both sides, not 1\.0"):
         rt.data.digits(test=1.0)
-    with pytest.raises(ValueError, match="leaves some on both sides, not 1e-09"):
+    with pytest.raises(ValueError, match="leaves some of each class on both sides, not 1e-09"):
         rt.data.digits(test=1e-9)
     with pytest.raises(ValueError, match="a whole number from 0 on, not -1"):
         rt.data.digits(seed=-1)

@@ -48,15 +48,6 @@ def few_buffers(draw):
 
 @settings(deadline=None, max_examples=200)
 @given(few_buffers())
-def test_an_empty_buffer_that_must_lie_high_counts_for_the_least_capacity() -> None:
-    """Without a size it takes no room, but the capacity reaches up to it and need not go on."""
-    buffers = [Buffer("0", 0, 2, 0, 2, 12), Buffer("1", -3, 1, 5, 2), Buffer("2", -2, -1, 5, 4)]
-    found = pack_buffers(buffers, time_limit=10)
-    assert (found.status, found.height) == ("optimal", 12)
-    assert pack_buffers(buffers, 12, time_limit=10).status == "packed"
-    assert pack_buffers(buffers, 11, time_limit=10).status == "infeasible"
-
-
 def test_the_least_capacity_is_that_of_a_brute_force(buffers):
     found = pack_buffers(buffers)
     assert found.status == "optimal"
@@ -302,3 +293,12 @@ def test_a_picture_needs_an_offset_for_each_buffer(tmp_path):
     with pytest.raises(ValueError, match="ends in neither"):
         plot_packing(tmp_path / "x.gif", [], [])
     plot_packing(tmp_path / "x.svg", [], [])
+
+
+def test_an_empty_buffer_that_must_lie_high_counts_for_the_least_capacity() -> None:
+    """Without a size it takes no room, but the capacity reaches up to it and need not go on."""
+    buffers = [Buffer("0", 0, 2, 0, 2, 12), Buffer("1", -3, 1, 5, 2), Buffer("2", -2, -1, 5, 4)]
+    found = pack_buffers(buffers, time_limit=10)
+    assert (found.status, found.height) == ("optimal", 12)
+    assert pack_buffers(buffers, 12, time_limit=10).status == "packed"
+    assert pack_buffers(buffers, 11, time_limit=10).status == "infeasible"

@@ -143,8 +143,10 @@ def _scaled(found: Any, test: float, seed: int) -> Split:
 
 
 def _split(x: Any, y: Any, test: float, seed: int) -> Split:
-    if not 0 < test < 1 or not 0 < test * len(y) < len(y) - 1:
-        raise ValueError(f"the share of test samples lies between 0 and 1 and leaves some on both sides, not {test!r}")
+    if not 0 < test < 1 or not len(set(y)) <= test * len(y) <= len(y) - len(set(y)):
+        raise ValueError(
+            f"the share of test samples lies between 0 and 1 and leaves some of each class on both sides, not {test!r}"
+        )
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"the seed of a split is a whole number from 0 on, not {seed!r}")
     from sklearn.model_selection import train_test_split
