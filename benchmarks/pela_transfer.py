@@ -121,7 +121,7 @@ def sentence_pairs(progress: Callable[[str], None]) -> tuple[list[Claim], list[T
     pairs_ = [(a, b) for a, b in pairwise(texts) if a not in test and b not in test]
 
     def tokens(some: Sequence[str]) -> dict[str, torch.Tensor]:
-        return dict(tokenizer(list(some), padding=True, truncation=True, max_length=32, return_tensors="pt"))
+        return dict(tokenizer(list(some), padding=True, truncation=True, max_length=24, return_tensors="pt"))
 
     def embedded(output: Any, mask: torch.Tensor) -> torch.Tensor:
         weights = mask[..., None].to(torch.float32)

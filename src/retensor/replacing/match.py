@@ -42,6 +42,16 @@ def matching(model: nn.Module, pattern: Pattern) -> list[str]:
     return [name for name, module in model.named_modules(remove_duplicate=False) if meant(name, module)]
 
 
+def exactly(name: str) -> Pattern:
+    """The pattern of one layer by its name, whatever letters it holds.
+
+    >>> from torch import nn
+    >>> matching(nn.ModuleDict({"a[1]": nn.ReLU(), "a1": nn.ReLU()}), exactly("a[1]"))
+    ['a[1]']
+    """
+    return lambda other, _: other == name
+
+
 def meaning(pattern: Any) -> Callable[[str, nn.Module], bool]:
     """A pattern as a function of name and module."""
     if isinstance(pattern, str):

@@ -17,7 +17,7 @@ from retensor.compression.apriori.formats import Format, Shape, format_named, re
 from retensor.compression.apriori.init import INITS, initialise_
 from retensor.files import described
 from retensor.replacing import replace
-from retensor.replacing.match import Pattern, meaning
+from retensor.replacing.match import Pattern, exactly, meaning
 
 KINDS: dict[type[nn.Module], type[Factored]] = {
     nn.Conv1d: layers.FactoredConv1d,
@@ -197,10 +197,7 @@ def compress(
 
         return make
 
-    def named(name: str) -> Callable[[str, nn.Module], bool]:
-        return lambda other, _: other == name
-
-    return replace(model, {named(choice.name): maker(choice) for choice in chosen})
+    return replace(model, {exactly(choice.name): maker(choice) for choice in chosen})
 
 
 def factored(

@@ -14,6 +14,7 @@ from retensor.compression.ewa.feed_forward import FeedForward, Layers, feed_forw
 from retensor.files import described
 from retensor.replacing import fold as fold_all
 from retensor.replacing import replace
+from retensor.replacing.match import Pattern, exactly
 
 Init: TypeAlias = "Literal['independent', 'copy'] | Callable[[], nn.Module]"
 """How the experts begin: independent draws, copies, or a function that makes a new untrained model."""
@@ -163,13 +164,13 @@ def _converted(model: nn.Module, layers: Layers, init: Init, seed: int, make: Ca
     experts = make().num_experts
     fresh = [_fresh(init, model) for _ in range(experts - 1)] if callable(init) else []
     generator = torch.Generator().manual_seed(seed)
-    replacements: dict[Callable[[str, nn.Module], bool], Callable[[nn.Module], nn.Module]] = {}
+    replacements: dict[Pattern, Callable[[nn.Module], nn.Module]] = {}
     for network in found:
         assignment = make()
         for member, (name, role) in enumerate(network.members):
             others = [other.get_submodule(name) for other in fresh]
             maker = _Maker(network, assignment, role, member, init == "copy", others, generator)
-            replacements[_named(name)] = maker
+            replacements[exactly(name)] = maker
     converted = replace(model, replacements)
     for network in found:
         router = getattr(converted.get_submodule(network.members[0][0]), "router", None)
@@ -178,11 +179,6 @@ def _converted(model: nn.Module, layers: Layers, init: Init, seed: int, make: Ca
                 drawn = torch.randn(router.weight.shape, generator=generator) * 0.02
                 router.weight.copy_(drawn)
     return converted
-
-
-def _named(name: str) -> Callable[[str, nn.Module], bool]:
-    # A name may hold what a glob means otherwise.
-    return lambda other, _: other == name
 
 
 def _fresh(init: Callable[[], nn.Module], model: nn.Module) -> nn.Module:

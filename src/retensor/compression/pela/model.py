@@ -16,6 +16,7 @@ from retensor.compression.pela.ranks import plan as plan_of
 from retensor.errors import MissingExtraError, RetensorError
 from retensor.files import brief, broken_link, described
 from retensor.replacing import fold, replace
+from retensor.replacing.match import exactly
 from retensor.replacing.state import KEY
 from retensor.replacing.state import load as load_state
 
@@ -201,15 +202,11 @@ def _replaced(model: nn.Module, plan: Plan, make: Callable[[nn.Module, LayerPlan
     wanted = {layer.name: layer for layer in plan.layers}
     for name, layer in wanted.items():
         _check_fits(model, name, layer)
-    # A maker is given a layer of the copy without its name, so the pattern notes whose it is.
-    chosen: dict[int, LayerPlan] = {}
 
-    def meant(name: str, module: nn.Module) -> bool:
-        if name in wanted:
-            chosen[id(module)] = wanted[name]
-        return name in wanted
+    def maker(layer: LayerPlan) -> Callable[[nn.Module], nn.Module]:
+        return lambda old: make(old, layer)
 
-    return replace(model, {meant: lambda layer: make(layer, chosen[id(layer)])})
+    return replace(model, {exactly(name): maker(layer) for name, layer in wanted.items()})
 
 
 def _check_fits(model: nn.Module, name: str, wanted: LayerPlan) -> None:
