@@ -86,10 +86,11 @@ format: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-# The base environment is tested from the other one: it has no pytest, and no torch.
+# The base environment is tested from the other one: it has no pytest, and no torch. Each worker has one core, so that
+# torch's threads do not wait for each other.
 .PHONY: test
 test: $(VENV)/.installed $(BASE)/.installed lint
-	RETENSOR_BASE_PYTHON='$(CURDIR)/$(BASE)/bin/python' $(VENV)/bin/python -m pytest -n $(JOBS) --timeout 900
+	OMP_NUM_THREADS=1 RETENSOR_BASE_PYTHON='$(CURDIR)/$(BASE)/bin/python' $(VENV)/bin/python -m pytest -n $(JOBS) --timeout 900
 
 .PHONY: claims
 claims: $(VENV)/.installed
