@@ -37,6 +37,7 @@ from benchmarks.pela_students import (
     mean,
     paired,
     percent,
+    teachers,
 )
 from benchmarks.pela_transfer import SEEDS, second_task, sentence_pairs
 from torch import nn
@@ -49,6 +50,7 @@ from retensor.data import accuracy, reference
 
 SOURCE = "Y. Guo, G. Wang, M. Kankanhalli, PELA, CVPR 2024, arXiv 2310.10700."
 RATIOS = (2.0, 3.0)
+HARDER = (*RATIOS, 6.0)
 RATES = (2e-4, 5e-4, 2e-3)
 GAMMAS = (1.0, 30.0, 1000.0)
 SWIN = (*pela.OMIT, "attn.proj")
@@ -106,11 +108,13 @@ def arithmetic(progress: Callable[[str], None]) -> tuple[list[Claim], list[Table
 
 def repairs(progress: Callable[[str], None]) -> tuple[list[Claim], list[Table]]:
     """The miniature of the headline: five teachers, few labels and all of them."""
+    progress("teachers")
+    teachers((0, *SEEDS))
     rates = _rates(progress)
     models = {seed: reference("digits-vit", seed=seed) for seed in SEEDS}
     full = [accuracy(model, data.x_test, data.y_test) for model, data in models.values()]
     plain = {
-        ratio: [accuracy(pela.compress(m, ratio), d.x_test, d.y_test) for m, d in models.values()] for ratio in RATIOS
+        ratio: [accuracy(pela.compress(m, ratio), d.x_test, d.y_test) for m, d in models.values()] for ratio in HARDER
     }
     ways = [
         (labels, ratio, recipe)
@@ -118,6 +122,8 @@ def repairs(progress: Callable[[str], None]) -> tuple[list[Claim], list[Table]]:
         for labels, recipes in (("few", RECIPES), ("all", RECIPES[:4]))
         for recipe in recipes
     ]
+    # Where the decomposition alone does lose something.
+    ways += [("few", HARDER[-1], recipe) for recipe in RECIPES[1:]]
     ways.append(("few", 3.0, PRUNED))
     heavy = [("few", 3.0, replace(BOTH, gamma=gamma, name=f"gamma {gamma:g}")) for gamma in GAMMAS[1:]]
     progress("repairing students on digits")
@@ -146,11 +152,13 @@ def repairs(progress: Callable[[str], None]) -> tuple[list[Claim], list[Table]]:
             "The teacher's features (FD) repair better than the task alone.",
             few, f"SVD + task; {tuned}", "better", lambda ratio: (of("few", ratio, FD), of("few", ratio, TASK)),
             "Differences within two standard errors count as none.",
+            HARDER,
         ),
         _better(
             "(ours) Where labels are few, the features alone repair better than with the task.",
             few, f"SVD + task + FD; {tuned}", "none", lambda ratio: (of("few", ratio, ONLY), of("few", ratio, FD)),
             "Differences within two standard errors count as none.",
+            HARDER,
         ),
         _better(
             "FD adds to the task where labels are plentiful.",
@@ -161,11 +169,13 @@ def repairs(progress: Callable[[str], None]) -> tuple[list[Claim], list[Table]]:
             "The weights' distance (WP, gamma = 1) adds to FD.",
             few, f"SVD + task + FD; {tuned}", "better", lambda ratio: (of("few", ratio, BOTH), of("few", ratio, FD)),
             "Only one entry of each layer gets a gradient, with little weight beside the task and the features.",
+            HARDER,
         ),
         _better(
             "Training repairs what the decomposition alone loses.",
             few, "SVD alone", "far better", lambda ratio: (of("few", ratio, BOTH), plain[ratio]),
-            "The decomposition alone loses little here: see the table.",
+            "At c = 2 and 3 the decomposition alone loses little of these weights: see the table.",
+            HARDER,
         ),
         _better(
             "The decomposition is where to start.",
@@ -184,7 +194,7 @@ def repairs(progress: Callable[[str], None]) -> tuple[list[Claim], list[Table]]:
         )
         for (labels, ratio, name), out in found.items()
     ]  # fmt: skip
-    rows += [("", ratio, "SVD alone", percent(plain[ratio]), "", "", "") for ratio in RATIOS]
+    rows += [("", ratio, "SVD alone", percent(plain[ratio]), "", "", "") for ratio in HARDER]
     rows.append(
         ("few", 3.0, PRUNED.name, percent([o.accuracy for o in peers]), percent([o.agreement for o in peers]), "",
          f"{rates['few', PRUNED.name]:g}")
@@ -224,9 +234,10 @@ def _better(
     paper: str,
     figures: Callable[[float], tuple[Sequence[float], Sequence[float]]],
     reason: str,
+    ratios: Sequence[float] = RATIOS,
 ) -> Claim:
     """A claim that one way gives more than another, at every ratio by more than two standard errors."""
-    gains = {ratio: paired(*figures(ratio)) for ratio in RATIOS}
+    gains = {ratio: paired(*figures(ratio)) for ratio in ratios}
     clear = [gain > 2 * spread and gain > 0 for gain, spread in gains.values()]
     verdict: Verdict = "held" if all(clear) else "partly held" if any(clear) else "not held"
     ours = ", ".join(f"c = {ratio:g}: {100 * m:+.1f} ± {100 * e:.1f}" for ratio, (m, e) in gains.items())
@@ -355,7 +366,7 @@ def speed(progress: Callable[[str], None]) -> tuple[list[Claim], list[Table]]:
             optimizer.step()
 
         steps.append(step)
-    without, with_ = _alternating(steps, 3)
+    without, with_ = _alternating(steps, 2)
     claims = [
         Claim(
             "Operations fall about as the parameters do.",
@@ -385,7 +396,7 @@ def speed(progress: Callable[[str], None]) -> tuple[list[Claim], list[Table]]:
         Claim(
             "(ours) L_WP costs under 25 % of a training step.",
             f"DeiT-S, batch 16, c = 3, task + FD with gamma 0 and 1, {threads}",
-            "the step without it, alternating, medians of 3",
+            "the step without it, alternating, medians of 2",
             "25 %",
             f"{with_ / without - 1:+.1%} ({without:.2f} s a step)",
             "held" if with_ / without < 1.25 else "not held",
@@ -418,7 +429,7 @@ def growth(progress: Callable[[str], None]) -> tuple[list[Claim], list[Table]]:
     long = _exponent({n: seconds[512, n] for n in (1024, 2048, 4096)})
     walk = _exponent(walks)
     largest = seconds[4096, 4096]
-    held = square < 3.3 and long < 1.3 and walk < 1.3 and largest < 60
+    held = square < 3.3 and long < 1.3 and walk < 1.3 and largest < 30
     claim = Claim(
         "(ours) Compressing costs O(min(o, i)^2 max(o, i)) a layer, and is linear in the number of layers.",
         f"c = 2, float32, {torch.get_num_threads()} threads",

@@ -102,6 +102,12 @@ def repaired(
     )
 
 
+def teachers(seeds: Sequence[int]) -> None:
+    """Train the reference models that are not kept yet, as many at a time as there are cores."""
+    with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
+        joblib.Parallel(n_jobs=os.cpu_count())(joblib.delayed(reference)("digits-vit", seed=seed) for seed in seeds)
+
+
 def all_repaired(jobs: Sequence[Job]) -> list[Outcome]:
     """Train students, as many at a time as there are cores, each on one thread."""
     with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
