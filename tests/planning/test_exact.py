@@ -127,6 +127,8 @@ def test_one_ctrl_c_at_any_stage_returns_the_best_plan_so_far(operators: int, wi
     """In a process of its own: the interrupt may come while anything is imported, built or solved."""
     program = f"""
 import os, random, signal, threading, time
+# Whoever started this may ignore Ctrl-C, as shells do in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from tests.planning.layered import layered_graph
 from retensor.planning import Accelerator, plan, verify
 graph = layered_graph(random.Random(2), operators={operators}, width={width})
