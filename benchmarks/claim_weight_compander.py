@@ -1,10 +1,6 @@
 """Weight Compander: what it does to accuracy and weights on few samples, what it costs, and what it leaves behind.
 
-Every arm of a comparison has, for each seed, the same 100 training images, the same initial draw and the same order of
-batches. Whatever has a constant to choose (the pair of WC, and its controls) is chosen by the mean accuracy on other
-seeds than those it is compared on.
-
-    retensor claims weight_compander
+retensor claims weight_compander
 """
 
 from __future__ import annotations
@@ -13,15 +9,38 @@ import contextlib
 import copy
 import itertools
 import os
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from typing import Literal
+from functools import partial
 
 import numpy as np
 import torch
+from benchmarks.measuring import Difference, Times, times
+from benchmarks.weight_compander_trainings import (
+    BASE,
+    BATCH,
+    CNN_SEEDS,
+    COMPANDED,
+    CONTROLS,
+    DECAY,
+    HALF_PI,
+    LR,
+    MLP,
+    NEAR,
+    OTHERS,
+    PAIRS,
+    PRESERVED,
+    SAMPLES,
+    SEEDS,
+    STEPS,
+    TUNING_SEEDS,
+    Arm,
+    Outcome,
+    Runs,
+    Setting,
+    gain,
+    mean_of,
+)
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -34,231 +53,11 @@ SOURCE = (
     "R. Cakaj, J. Mehnert, B. Yang, Weight Compander: A Simple Weight Reparameterization for Regularization, 2023, "
     "arXiv 2306.16993."
 )
-SEEDS = range(16)
-CNN_SEEDS = range(8)
-TUNING_SEEDS = range(100, 108)
-SAMPLES = 100
-STEPS = 300
-BATCH = 50
-LR = 0.05
-DECAY = 5e-4
-NOISE = 0.2
-PAIRS = ((0.3, 0.2), (0.2, 0.1), (0.2, 0.2))
-NEAR = 0.01
 COLLAPSE = 0.10
 LIMIT = 1.10
 SIZE = 64
 BATCHES = (4, 16, 64)
 ROUNDS = {4: 9, 16: 11, 64: 5}
-HALF_PI = np.pi / 2
-
-
-# -- training on 100 digits ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to train."""
-
-    name: str
-    pair: tuple[float, float] | None = None
-    lr: float = LR
-    decay: float = DECAY
-    clamp: float | None = None
-    learn: bool = False
-    lr_scale: float = 1e-3
-    start: tuple[float, float] | None = None
-    """Plain training that begins at the weights of this pair."""
-    init: Literal["latent", "preserve"] = "latent"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A network and its labels."""
-
-    name: str
-    make: Callable[[], nn.Module]
-    noise: float = 0.0
-    seeds: range = SEEDS
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One training run."""
-
-    accuracy: float
-    largest: float
-    near: float
-    kurtosis: float
-    over: float
-    a: float
-    b: float
-
-
-def mlp() -> nn.Module:
-    return data.REFERENCES["digits-mlp"].make()
-
-
-def mlp_with_norms() -> nn.Module:
-    def hidden(inputs: int) -> list[nn.Module]:
-        return [nn.Linear(inputs, 128), nn.BatchNorm1d(128), nn.ReLU()]
-
-    return nn.Sequential(nn.Flatten(), *hidden(64), *hidden(128), nn.Linear(128, 10))
-
-
-def cnn() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(128, 10),
-    )  # fmt: skip
-
-
-def cnn_with_norms() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(128, 10),
-    )  # fmt: skip
-
-
-@lru_cache(maxsize=64)
-def digits(seed: int, noise: float) -> data.Split:
-    """100 stratified images to train on and all others to test on; some training labels turned into another class."""
-    total = 1797
-    # Half a sample below, so that rounding in floating point cannot add one.
-    split = data.digits(test=(total - SAMPLES - 0.5) / total, seed=seed)
-    assert len(split.x) == SAMPLES
-    generator = torch.Generator().manual_seed(seed)
-    wrong = torch.randperm(SAMPLES, generator=generator)[: round(noise * SAMPLES)]
-    labels = split.y.clone()
-    labels[wrong] = (labels[wrong] + torch.randint(1, split.classes, wrong.shape, generator=generator)) % split.classes
-    return replace(split, y=labels)
-
-
-def matrices(model: nn.Module) -> list[torch.Tensor]:
-    """The weights that companding takes, as the layers use them."""
-    return [m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-
-
-def train(setting: Setting, arm: Arm, seed: int) -> Outcome:
-    """One run; accuracy 0 where the loss stopped being a number."""
-    split = digits(seed, setting.noise)
-    with data.seeded(seed):
-        model = setting.make()
-    if arm.start is not None:
-        model = wc.bake(wc.apply(model, *arm.start))
-    if arm.pair is not None:
-        model = wc.apply(model, *arm.pair, learn=arm.learn, init=arm.init)
-    optimizer = torch.optim.SGD(wc.param_groups(model, arm.lr, arm.decay, arm.lr_scale), momentum=0.9)
-    over = 0.0
-
-    @torch.no_grad()
-    def after(_: int) -> None:
-        nonlocal over
-        if arm.clamp is not None:
-            for weight in matrices(model):
-                weight.clamp_(-arm.clamp, arm.clamp)
-        if arm.pair is not None and not arm.learn:
-            over = max(over, max(w.abs().max().item() for w in matrices(model)) / (arm.pair[0] * HALF_PI))
-
-    try:
-        data.fit(
-            model, split.x, split.y, steps=STEPS, batch=BATCH, optimizer=optimizer, schedule="cosine", seed=seed,
-            after_step=after,
-        )  # fmt: skip
-        accuracy = data.accuracy(model, split.x_test, split.y_test)
-    except FloatingPointError:
-        accuracy = 0.0
-    with torch.no_grad():
-        w = torch.cat([weight.flatten() for weight in matrices(model)]).to(torch.float64)
-    centred = w - w.mean()
-    steps = [module for module in model.modules() if isinstance(module, wc.WeightCompander)]
-    return Outcome(
-        accuracy,
-        w.abs().max().item(),
-        (w.abs() < NEAR).to(torch.float64).mean().item(),
-        (centred.pow(4).mean() / centred.pow(2).mean() ** 2).item(),
-        over,
-        statistics.mean([step.a.item() for step in steps] or [0.0]),
-        statistics.mean([step.b.item() for step in steps] or [0.0]),
-    )
-
-
-@dataclass(frozen=True)
-class Paired:
-    """Differences of two arms over the same seeds, in points."""
-
-    mean: float
-    error: float
-
-    @classmethod
-    def of(cls, one: Sequence[Outcome], other: Sequence[Outcome]) -> Paired:
-        apart = [100 * (x.accuracy - y.accuracy) for x, y in zip(one, other, strict=True)]
-        return cls(statistics.mean(apart), statistics.stdev(apart) / len(apart) ** 0.5)
-
-    @property
-    def above(self) -> bool:
-        return self.mean > 2 * self.error
-
-    @property
-    def below(self) -> bool:
-        return self.mean < -2 * self.error
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.2f} ± {self.error:.2f}"
-
-
-class Runs:
-    """Outcomes of arms in settings, each trained once."""
-
-    def __init__(self, progress: Callable[[str], None]) -> None:
-        self._progress = progress
-        self._known: dict[tuple[str, Arm, range], list[Outcome]] = {}
-
-    def __call__(self, setting: Setting, arm: Arm, seeds: range | None = None) -> list[Outcome]:
-        seeds = setting.seeds if seeds is None else seeds
-        key = setting.name, arm, seeds
-        if key not in self._known:
-            self._progress(f"{setting.name}: {arm.name}")
-            self._known[key] = [train(setting, arm, seed) for seed in seeds]
-        return self._known[key]
-
-    def best(self, setting: Setting, arms: Sequence[Arm]) -> tuple[Arm, list[tuple[Arm, float]]]:
-        """The arm of highest mean accuracy on the tuning seeds, and the mean of each."""
-        means = [(arm, mean_of(self(setting, arm, TUNING_SEEDS), "accuracy")) for arm in arms]
-        return max(means, key=lambda pair: pair[1])[0], means
-
-
-def mean_of(outcomes: Sequence[Outcome], figure: str) -> float:
-    return statistics.mean(getattr(outcome, figure) for outcome in outcomes)
-
-
-BASE = Arm("weight decay alone")
-COMPANDED = tuple(Arm(f"WC a={a} b={b}", (a, b)) for a, b in PAIRS)
-# The same function on the plain network's own initial weights, to tell its dynamics from its beginning.
-PRESERVED = Arm(f"WC a={PAIRS[0][0]} b={PAIRS[0][1]}, initial weights preserved", PAIRS[0], init="preserve")
-CONTROLS: Mapping[str, tuple[Arm, ...]] = {
-    "a higher learning rate": tuple(
-        Arm(f"learning rate x{factor:g}", lr=LR * factor) for factor in (1.5, 1.5**2, 2.0**2)
-    ),
-    "stronger decay": tuple(Arm(f"decay {decay:g}", decay=decay) for decay in (1e-3, 2e-3, 5e-3, 1e-2)),
-    "a hard clamp": tuple(Arm(f"clamp at {a} π/2", clamp=a * HALF_PI) for a in (0.2, 0.3, 0.4)),
-    # Companding makes the initial weights a / b times as large; this has them, and at will the rate too.
-    "its beginning": tuple(
-        Arm(f"initial weights of {pair}, rate x{factor:g}", start=pair, lr=LR * factor)
-        for pair in PAIRS[:2]
-        for factor in (1, (pair[0] / pair[1]) ** 2)
-    ),
-}
-MLP = Setting("MLP", mlp)
-OTHERS = (
-    (Setting("MLP, no decay", mlp), 0.0),
-    (Setting(f"MLP, {NOISE:.0%} wrong labels", mlp, NOISE), DECAY),
-    (Setting("MLP with batch norms", mlp_with_norms), DECAY),
-    (Setting("CNN", cnn, seeds=CNN_SEEDS), DECAY),
-    (Setting("CNN with batch norms", cnn_with_norms, seeds=CNN_SEEDS), DECAY),
-)
 
 
 def accuracy_claims(runs: Runs) -> tuple[list[Claim], list[Table]]:
@@ -266,7 +65,7 @@ def accuracy_claims(runs: Runs) -> tuple[list[Claim], list[Table]]:
     pair, tried = runs.best(MLP, COMPANDED)
     companded = {arm: runs(MLP, arm) for arm in COMPANDED}
     ours = companded[pair]
-    gain = Paired.of(ours, base)
+    found_gain = gain(ours, base)
     begun, _ = runs.best(MLP, CONTROLS["its beginning"])
     where = (
         f"scikit-learn's digits, {SAMPLES} for training and the other 1,697 for testing, MLP 64-128-128-10, SGD "
@@ -279,25 +78,25 @@ def accuracy_claims(runs: Runs) -> tuple[list[Claim], list[Table]]:
             where,
             f"the same with weight decay {DECAY:g} alone",
             "better accuracy of ResNet-type networks on CIFAR, Tiny ImageNet and ImageNet",
-            f"{gain} points (paired standard error) over {100 * mean_of(base, 'accuracy'):.2f} %",
-            "held" if gain.above else "not held" if gain.mean <= 0 else "partly held",
-            f"Plain training from {begun.name} gains {Paired.of(runs(MLP, begun), base)}, and WC that begins at the "
-            f"plain network's weights {Paired.of(runs(MLP, PRESERVED), base)}.",
+            f"{found_gain} points (paired standard error) over {100 * mean_of(base, 'accuracy'):.2f} %",
+            found_gain.verdict,
+            f"Plain training from {begun.name} gains {gain(runs(MLP, begun), base)}, and WC that begins at the "
+            f"plain network's weights {gain(runs(MLP, PRESERVED), base)}.",
         ),
         _weights_claim(where, pair, base, ours),
     ]
     rows = [_row(MLP, BASE, base, base), *(_row(MLP, arm, found, base) for arm, found in companded.items())]
     rows.append(_row(MLP, PRESERVED, runs(MLP, PRESERVED), base))
     chosen = [(pair, tried)]
-    ahead: dict[str, Paired] = {}
+    ahead: dict[str, Difference] = {}
     for name, grid in CONTROLS.items():
         arm, means = runs.best(MLP, grid)
         chosen.append((arm, means))
         found = runs(MLP, arm)
-        ahead[f"{name} ({arm.name})"] = Paired.of(ours, found)
+        ahead[f"{name} ({arm.name})"] = gain(ours, found)
         rows.append(_row(MLP, arm, found, base))
-    lost = [name for name, apart in ahead.items() if apart.below]
-    level = [name for name, apart in ahead.items() if not apart.above]
+    lost = [name for name, apart in ahead.items() if apart.below()]
+    level = [name for name, apart in ahead.items() if not apart.above()]
     claims.append(
         Claim(
             "(ours) The gain is not that of a higher learning rate near zero, of stronger decay, of a bound, or of "
@@ -310,24 +109,24 @@ def accuracy_claims(runs: Runs) -> tuple[list[Claim], list[Table]]:
             _controls_reason(lost, level),
         )
     )  # fmt: skip
-    gains: dict[str, Paired] = {}
+    gains: dict[str, Difference] = {}
     for setting, decay in OTHERS:
         plain, arm = replace(BASE, decay=decay), replace(COMPANDED[0], decay=decay)
         one, other = runs(setting, plain), runs(setting, arm)
-        gains[setting.name] = Paired.of(other, one)
+        gains[setting.name] = gain(other, one)
         rows += [_row(setting, plain, one, one), _row(setting, arm, other, one)]
-    worse = [name for name, apart in gains.items() if apart.below]
-    better = [name for name, apart in gains.items() if apart.above]
+    worse = [name for name, apart in gains.items() if apart.below()]
+    better = [name for name, apart in gains.items() if apart.above()]
     claims.append(
         Claim(
             "(ours) It does no harm without decay, with wrong labels, in a CNN, and before normalisation layers.",
             f"the same images; {COMPANDED[0].name} untuned; {len(SEEDS)} seeds, {len(CNN_SEEDS)} for the CNNs",
             "the same networks without WC",
-            "a gain of at least zero within two standard errors",
+            "a gain of at least zero within the 95 % interval",
             "; ".join(f"{name} {apart}" for name, apart in gains.items()),
             "not held" if worse else "held",
-            f"Worse by over two standard errors: {', '.join(worse)}." if worse else
-            f"Better by over two standard errors: {', '.join(better) or 'none'}.",
+            f"Worse beyond the 95 % interval: {', '.join(worse)}." if worse else
+            f"Better beyond the 95 % interval: {', '.join(better) or 'none'}.",
         )
     )  # fmt: skip
     tables = [
@@ -351,8 +150,8 @@ def accuracy_claims(runs: Runs) -> tuple[list[Claim], list[Table]]:
 
 def _controls_reason(lost: Sequence[str], level: Sequence[str]) -> str:
     if lost:
-        return f"Ahead of WC by over two standard errors: {', '.join(lost)}."
-    return f"Not told apart by two standard errors: {', '.join(level)}." if level else ""
+        return f"Ahead of WC beyond the 95 % interval: {', '.join(lost)}."
+    return f"Not told apart by 95 % intervals: {', '.join(level)}." if level else ""
 
 
 def _weights_claim(where: str, pair: Arm, base: Sequence[Outcome], ours: Sequence[Outcome]) -> Claim:
@@ -383,7 +182,7 @@ def _weights_claim(where: str, pair: Arm, base: Sequence[Outcome], ours: Sequenc
 
 
 def _row(setting: Setting, arm: Arm, found: Sequence[Outcome], base: Sequence[Outcome]) -> tuple[str | float, ...]:
-    apart = Paired.of(found, base)
+    apart = gain(found, base)
     return (
         setting.name, arm.name, 100 * mean_of(found, "accuracy"), apart.mean, apart.error, mean_of(found, "largest"),
         mean_of(found, "near"), mean_of(found, "kurtosis"),
@@ -393,12 +192,12 @@ def _row(setting: Setting, arm: Arm, found: Sequence[Outcome], base: Sequence[Ou
 def learned_claims(runs: Runs) -> tuple[list[Claim], list[Table]]:
     base = runs(MLP, BASE)
     rows: list[tuple[str | int | float, ...]] = []
-    kept: dict[float, tuple[Paired, int]] = {}
+    kept: dict[float, tuple[Difference, int]] = {}
     for scale in (1.0, 1e-2, 1e-3):
         arm = Arm(f"WC learned, rate x{scale:g}", PAIRS[0], learn=True, lr_scale=scale)
         found = runs(MLP, arm)
         collapsed = sum(x.accuracy < y.accuracy - COLLAPSE for x, y in zip(found, base, strict=True))
-        kept[scale] = Paired.of(found, base), collapsed
+        kept[scale] = gain(found, base), collapsed
         apart = kept[scale][0]
         worst = 100 * min(outcome.accuracy for outcome in found)
         rows.append(
@@ -415,7 +214,7 @@ def learned_claims(runs: Runs) -> tuple[list[Claim], list[Table]]:
             "learned a and b improve too",
             f"{collapsed} of {len(SEEDS)} seeds collapsed (over {COLLAPSE:.0%} below the same seed without WC); "
             f"{apart} points; collapsed at rate x0.01: {kept[1e-2][1]}, at x1: {kept[1.0][1]}",
-            "not held" if collapsed or apart.below else "held" if apart.above else "partly held",
+            "not held" if collapsed or apart.below() else "held" if apart.above() else "partly held",
             _learned_reason(apart, collapsed),
         )
     ]
@@ -427,12 +226,12 @@ def learned_claims(runs: Runs) -> tuple[list[Claim], list[Table]]:
     return claims, [table]
 
 
-def _learned_reason(apart: Paired, collapsed: int) -> str:
+def _learned_reason(apart: Difference, collapsed: int) -> str:
     if collapsed:
         return f"{collapsed} seeds collapsed at the default rate."
-    if apart.below:
-        return "Stable, but worse by over two standard errors."
-    return "" if apart.above else "Stable; the gain is within two standard errors of none."
+    if apart.below():
+        return "Stable, but worse beyond the 95 % interval."
+    return "" if apart.above() else "Stable; the gain is not told apart from none (95 % interval)."
 
 
 # -- cost of a training step --------------------------------------------------------------------------------------
@@ -480,22 +279,6 @@ def pictures(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(batch, 3, SIZE, SIZE, generator=generator), torch.randint(0, 10, (batch,), generator=generator)
 
 
-def ratios(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Times over those of the first, medians over rounds in which each is called once, in turning order."""
-    names = list(calls)
-    for call in calls.values():
-        call()
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            begin = time.perf_counter()
-            calls[name]()
-            times[name].append(time.perf_counter() - begin)
-    base = times[names[0]]
-    return {name: statistics.median(x / y for x, y in zip(times[name], base, strict=True)) for name in names}
-
-
 def peak(trainee: Trainee, batch: int) -> int:
     """The most bytes that a forward and backward pass holds over what was there, by torch's record of allocations."""
     x, y = pictures(batch)
@@ -540,19 +323,19 @@ def cost_claims(progress: Callable[[str], None]) -> tuple[list[Claim], list[Tabl
     progress("memory of a training step")
     memory = {name: peak(trainee, 16) for name, trainee in trainees().items()}
     base = memory["plain"]
-    times: dict[int, dict[str, float]] = {}
+    taken: dict[int, Times] = {}
     models = trainees()
     for batch in BATCHES:
         progress(f"time of a training step, batch {batch}")
         some = models if batch == 16 else {name: models[name] for name in ("plain", "WC", "WC, recomputed")}
         x, y = pictures(batch)
         calls = {name: partial(trainee.step, x, y) for name, trainee in some.items()}
-        times[batch] = ratios(calls, ROUNDS[batch])
+        taken[batch] = times(calls, ROUNDS[batch])
     where = f"timm's resnet18, {SIZE}x{SIZE} pixels, float32, {torch.get_num_threads()} threads, SGD with momentum"
-    at = times[16]
+    at = {name: taken[16].ratio(name, "plain") for name in models}
     fast, slim = at["WC"] <= LIMIT, memory["WC, recomputed"] <= LIMIT * base
     both = at["WC, recomputed"] <= LIMIT and slim
-    falling = [times[batch]["WC"] for batch in BATCHES]
+    falling = [taken[batch].ratio("WC", "plain") for batch in BATCHES]
     falls = all(one > other for one, other in itertools.pairwise(falling))
     claims = [
         Claim(
@@ -583,7 +366,7 @@ def cost_claims(progress: Callable[[str], None]) -> tuple[list[Claim], list[Tabl
         ("Model", "Peak, MiB", "Peak, x", *(f"Time, x, batch {batch}" for batch in BATCHES)),
         [
             (name, nbytes / 2**20, nbytes / base,
-             *(f"{times[batch][name]:.3f}" if name in times[batch] else "" for batch in BATCHES))
+             *(f"{taken[batch].ratio(name, 'plain'):.3f}" if name in taken[batch].seconds else "" for batch in BATCHES))
             for name, nbytes in memory.items()
         ],
     )  # fmt: skip
@@ -602,7 +385,7 @@ def baked_claims(progress: Callable[[str], None]) -> tuple[list[Claim], list[Tab
     with torch.no_grad():
         apart = (baked(x) - companded(x)).abs().max().item()
         batch, _ = pictures(16)
-        ratio = ratios({"plain": lambda: plain(batch), "baked": lambda: baked(batch)}, 15)["baked"]
+        ratio = times({"plain": lambda: plain(batch), "baked": lambda: baked(batch)}, 15).ratio("baked", "plain")
     graphs = [torch.export.export(model, (x,)).graph_module.graph for model in (plain, baked)]
     called = [[str(node.target) for node in graph.nodes if node.op == "call_function"] for graph in graphs]
     same = called[0] == called[1] and set(plain.state_dict()) == set(baked.state_dict())

@@ -131,7 +131,8 @@ def _unset(folder: Path, slug: str) -> list[str]:
 
 def load_measure(path: Path) -> Measure:
     """The ``measure`` function of a claim file."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # The name by which processes that a claim starts can import it too.
+    spec = importlib.util.spec_from_file_location(f"{path.resolve().parent.name}.{path.stem}", path)
     if spec is None or spec.loader is None:
         raise RetensorError(f"'{path}' is no Python file")
     module = importlib.util.module_from_spec(spec)

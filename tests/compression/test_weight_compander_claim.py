@@ -4,26 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import benchmarks.claim_weight_compander as claim
+import benchmarks.weight_compander_trainings as trainings
 import pytest
 import torch
-from benchmarks.claim_weight_compander import (
+from benchmarks.claim_weight_compander import LIMIT, Trainee, accuracy_claims, learned_claims, peak, resnet
+from benchmarks.weight_compander_trainings import (
     BASE,
     COMPANDED,
     CONTROLS,
-    LIMIT,
     MLP,
     Arm,
     Outcome,
-    Paired,
     Runs,
-    Trainee,
-    accuracy_claims,
+    Setting,
     digits,
-    learned_claims,
-    peak,
-    ratios,
-    resnet,
+    gain,
     train,
 )
 
@@ -59,24 +54,20 @@ def test_a_clamp_and_a_cap_bound_the_weights() -> None:
     assert found.over < 1
 
 
-def test_paired_differences_are_in_points_with_their_standard_error() -> None:
-    apart = Paired.of([outcome(0.5), outcome(0.6), outcome(0.7)], [outcome(0.4), outcome(0.4), outcome(0.4)])
+def test_gains_are_in_points() -> None:
+    apart = gain([outcome(0.5), outcome(0.6), outcome(0.7)], [outcome(0.4), outcome(0.4), outcome(0.4)])
     assert apart.mean == pytest.approx(20)
-    assert apart.error == pytest.approx(10 / 3**0.5)
-    assert apart.above
-    assert not apart.below
-    assert Paired(-3, 1).below
 
 
 def test_verdicts_follow_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     def verdicts(gain: float, over: float = 0.9, kurtosis: float = 3.0) -> list[str]:
-        def faked(setting: claim.Setting, arm: Arm, seed: int) -> Outcome:
+        def faked(setting: Setting, arm: Arm, seed: int) -> Outcome:
             jitter = 0.001 * (seed % 2)
             if arm.pair is None:
                 return outcome(0.85 + jitter)
             return outcome(0.85 + gain - jitter, largest=0.3, near=0.05, kurtosis=kurtosis, over=over)
 
-        monkeypatch.setattr(claim, "train", faked)
+        monkeypatch.setattr(trainings, "train", faked)
         runs = Runs(lambda _: None)
         claims = accuracy_claims(runs)[0] + learned_claims(runs)[0]
         assert all(found.reason for found in claims if found.verdict != "held")
@@ -90,14 +81,6 @@ def test_verdicts_follow_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     assert verdicts(0.0012) == ["partly held", "held", "partly held", "held", "partly held"]
     assert verdicts(0.01, over=1.1)[1] == "not held"
     assert verdicts(0.01, kurtosis=5.0)[1] == "partly held"
-
-
-def test_times_are_ratios_over_the_first() -> None:
-    calls: list[str] = []
-    found = ratios({"one": lambda: calls.append("one"), "two": lambda: calls.append("two")}, 3)
-    assert found["one"] == 1
-    assert found["two"] > 0
-    assert calls[2:] == ["one", "two", "two", "one", "one", "two"]
 
 
 def test_recomputed_training_stays_within_the_limit_of_memory_and_kept_weights_cost_their_size() -> None:
