@@ -1,284 +1,59 @@
 """Experts Weights Averaging on small sets of real digits: accuracy against its peers and controls, and what it costs.
 
-Every run of a seed sees the same pictures in the same order and begins, outside the experts, with the same values. Two
-processes of one thread each train; nothing else is changed about the machine.
-
-    retensor claims ewa
+retensor claims ewa
 """
 
 from __future__ import annotations
 
-import functools
-import math
-import multiprocessing
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from timm.utils import ModelEmaV3
+from benchmarks.ewa_trainings import (
+    APART,
+    BALANCE,
+    BATCH,
+    CONTROL,
+    COPIES,
+    DECAYS,
+    DEPTH,
+    DIGITS,
+    EARLY,
+    EWAS,
+    MAIN,
+    MNIST,
+    RATES,
+    ROUTED,
+    SAMPLES,
+    SEEDS,
+    STEPS,
+    TUNE_SAMPLES,
+    TUNE_STEPS,
+    TUNING_SEEDS,
+    VANILLA,
+    WIDTH,
+    Key,
+    Run,
+    Setting,
+    all_runs,
+    made,
+)
+from benchmarks.measuring import paired, power, threads, times
 from torch import nn
 from torch.nn import functional
 
 import retensor as rt
-from retensor.claims import Claim, Report, Table, Verdict
+from retensor.claims import Claim, Report, Table
 from retensor.compression import ewa
-from retensor.data import Split, accuracy, digits, fit, mnist5k, reference, seeded
 
 SOURCE = (
     "Huang, Ye, Huang, Li, Chen, He, Ouyang, Experts Weights Averaging: A New General Training Scheme for Vision "
     "Transformers, 2023, arXiv 2308.06093."
 )
-SEEDS = tuple(range(8))
-WIDTH, DEPTH, BATCH = 32, 2, 50
 COST_DEPTH, COST_BATCH = 4, 128
-SAMPLES, STEPS = 300, 320
-TUNE_SAMPLES, TUNE_STEPS = 200, 120
-RATES = {"digits": (2e-3, 4e-3, 8e-3), "mnist5k": (2e-3, 4e-3, 8e-3), "tune": (5e-4, 1e-3, 2e-3)}
-TUNING_SEEDS = (100, 101)
-DECAYS = (0.9, 0.97, 0.99, 0.997)
-BALANCE = 0.01
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is trained: every second FFN as it is, as experts, as a mean of draws, or routed."""
-
-    kind: str
-    experts: int = 4
-    share_rate: float = 0.0
-    until: float = 1.0
-    init: str = "independent"
-
-    @property
-    def label(self) -> str:
-        n = f"N={self.experts}"
-        names = {
-            "vanilla": "vanilla",
-            "control": f"control: FFNs begin as the mean of {self.experts} draws",
-            "experts": f"EWA r={self.share_rate:g}, {n}" if self.share_rate else f"experts never averaged, {n}",
-            "routed": f"routed top-1, {n}" + (f", Early EWA r={self.share_rate:g}" if self.share_rate else ""),
-        }
-        return names[self.kind] + (", experts begin as copies" if self.init == "copy" else "")
-
-
-VANILLA = Setting("vanilla")
-CONTROL = Setting("control")
-MAIN = Setting("experts", share_rate=0.3)
-APART = Setting("experts")
-COPIES = Setting("experts", share_rate=0.3, init="copy")
-ROUTED = Setting("routed")
-EARLY = Setting("routed", share_rate=0.3, until=0.5)
-EWAS = tuple(Setting("experts", n, r) for n in (2, 4) for r in (0.1, 0.3, 0.5))
-DIGITS = (VANILLA, CONTROL, APART, *EWAS, COPIES, ROUTED, EARLY)
-MNIST = (VANILLA, CONTROL, MAIN)
-
-
-@dataclass(frozen=True)
-class Run:
-    """What came of one training: percentages right."""
-
-    test: float
-    train: float
-    loss: float
-    ensemble: float | None = None
-    spread: float | None = None
-    ema: tuple[float, ...] = ()
-
-
-Key = tuple[str, Setting, int, float]
-"""The data set, what was trained, the seed, and the learning rate."""
-
-
-def made(seed: int, image: int, depth: int = DEPTH) -> nn.Module:
-    """An untrained transformer over 16 patches, whose tokens are all read by the classifier."""
-    with seeded(seed):
-        # The initial values of the first vision transformers: with timm's smaller ones 400 pictures take hundreds of
-        # epochs to learn.
-        model: nn.Module = VisionTransformer(
-            img_size=image, patch_size=image // 4, in_chans=1, num_classes=10, embed_dim=WIDTH, depth=depth,
-            num_heads=4, global_pool="avg", class_token=False, weight_init="jax",
-        )  # fmt: skip
-    return model
-
-
-def begun(setting: Setting, seed: int, image: int) -> nn.Module:
-    """A model as its training begins; the experts beyond the first are those of models drawn anew."""
-    dense = made(seed, image)
-    others = iter(range(1000 * (seed + 1), 1000 * (seed + 2)))
-    fresh = "copy" if setting.init == "copy" else lambda: made(next(others), image)
-    if setting.kind == "vanilla":
-        return dense
-    if setting.kind == "routed":
-        return ewa.route(dense, setting.experts, init=fresh, seed=seed)
-    model = ewa.convert(dense, setting.experts, init=fresh)
-    return ewa.fold(model) if setting.kind == "control" else model
-
-
-def data_of(name: str, seed: int) -> Split:
-    """Few pictures for training, drawn by the seed, and all that are kept for testing."""
-    return whole(name).few(TUNE_SAMPLES if name == "tune" else SAMPLES, seed=seed)
-
-
-@functools.cache
-def whole(name: str) -> Split:
-    """A data set, read once by each process."""
-    if name == "digits":
-        return digits()
-    data = mnist5k(test=0.4)
-    if name == "mnist5k":
-        return data
-    # 28 pixels between two of margin, 4 of them one: 8 pixels as the reference has.
-    small = [functional.avg_pool2d(functional.pad(x, (2, 2, 2, 2)), 4) for x in (data.x, data.x_test)]
-    return Split(small[0], data.y, small[1], data.y_test, data.classes)
-
-
-def run(key: Key) -> Run:
-    """Train once."""
-    name, setting, seed, lr = key
-    data = data_of(name, seed)
-    model = begun(setting, seed, data.x.shape[-1])
-    return trained(model, setting, data, seed, lr, STEPS)
-
-
-def trained(model: nn.Module, setting: Setting, data: Split, seed: int, lr: float, steps: int) -> Run:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05, fused=True)
-    averages: list[ModelEmaV3] = []
-    if setting.kind == "experts":
-        # Of their own, so that the order of the pictures is that of the other settings.
-        ewa.use_generator(model, torch.Generator().manual_seed(seed))
-    if setting.share_rate:
-        ewa.attach(optimizer, model, share_rate=setting.share_rate, total_steps=steps, until=setting.until)
-    if setting.kind == "vanilla":
-        averages = [ModelEmaV3(model, decay=decay, use_warmup=True) for decay in DECAYS]
-
-    def loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        value = functional.cross_entropy(model(x), y, label_smoothing=0.1)
-        return value + BALANCE * ewa.balance_loss(model) if setting.kind == "routed" else value
-
-    def after_step(step: int) -> None:
-        for average in averages:
-            average.update(model, step=step)
-
-    fit(
-        model, data.x, data.y, steps=steps, batch=BATCH, optimizer=optimizer, loss=loss, seed=seed,
-        after_step=after_step,
-    )  # fmt: skip
-    model.eval()
-    ensemble = spread = None
-    deployed = model
-    if setting.kind == "experts":
-        deployed = ewa.fold(model)
-        spread = max(max(layer.spread) for layer in ewa.stats(model))
-        ewa.set_eval_mode(model, "ensemble")
-        ensemble = 100 * accuracy(model, data.x_test, data.y_test)
-    with torch.no_grad():
-        test_loss = float(functional.cross_entropy(deployed(data.x_test), data.y_test))
-    return Run(
-        100 * accuracy(deployed, data.x_test, data.y_test),
-        100 * accuracy(deployed, data.x, data.y),
-        test_loss,
-        ensemble,
-        spread,
-        tuple(100 * accuracy(average.module, data.x_test, data.y_test) for average in averages),
-    )
-
-
-def tuned(key: Key) -> Run:
-    """Fine-tune the reference transformer for digits on other digits."""
-    name, setting, seed, lr = key
-    model, _ = reference("digits-vit")
-    if setting.kind == "experts":
-        model = ewa.convert(model, setting.experts, init="copy")
-    data = data_of(name, seed)
-    return trained(model, setting, data, seed, lr, TUNE_STEPS)
-
-
-def _job(key: Key) -> tuple[Key, Run]:
-    return key, tuned(key) if key[0] == "tune" else run(key)
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def all_runs(keys: Sequence[Key], progress: Callable[[str], None]) -> dict[Key, Run]:
-    """Train each, two at a time."""
-    from benchmarks import claim_ewa as importable
-
-    # Trained once before, not twice at the same time.
-    reference("digits-vit")
-    found: dict[Key, Run] = {}
-    context = multiprocessing.get_context("spawn")
-    workers = min(2, os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=importable._one_thread) as pool:
-        jobs = [pool.submit(importable._job, _there(key, importable)) for key in keys]
-        for job in as_completed(jobs):
-            key, done = job.result()
-            mine = (key[0], Setting(**vars(key[1])), *key[2:])
-            found[mine] = Run(**vars(done))
-            if len(found) % 10 == 0:
-                progress(f"{len(found)} of {len(keys)} trainings")
-    return found
-
-
-def _there(key: Key, module: Any) -> Any:
-    """A key of the module as other processes import it."""
-    return key[0], module.Setting(**vars(key[1])), *key[2:]
-
-
-@dataclass(frozen=True)
-class Gain:
-    """A mean difference over paired seeds, and its standard error."""
-
-    mean: float
-    error: float
-
-    @property
-    def verdict(self) -> Verdict:
-        """Held above two standard errors, partly above none."""
-        return "held" if self.mean > 2 * self.error else "partly held" if self.mean > 0 else "not held"
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.2f} ± {self.error:.2f}"
-
-
-def gain(ours: Sequence[float], theirs: Sequence[float]) -> Gain:
-    apart = [one - other for one, other in zip(ours, theirs, strict=True)]
-    return Gain(statistics.mean(apart), statistics.stdev(apart) / math.sqrt(len(apart)))
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Timings of one thread, with the caller's number afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def alternating(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, one after another in every round, after one round that does not count."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if turn:
-                found[name].append(time.perf_counter() - start)
-    return found
-
-
-def ratio(seconds: Mapping[str, Sequence[float]], name: str, base: str) -> float:
-    return statistics.median(seconds[name]) / statistics.median(seconds[base])
 
 
 def stepper(model: nn.Module, batch: int) -> Callable[[], None]:
@@ -318,11 +93,11 @@ def costs() -> Costs:
         experts = {n: ewa.convert(dense, n) for n in (2, 4)}
         routed = ewa.route(dense, 4)
         models = {"vanilla": dense, "N=2": experts[2], "N=4": experts[4], "routed": routed}
-        step = alternating({name: stepper(model, COST_BATCH) for name, model in models.items()}, 21)
+        step = times({name: stepper(model, COST_BATCH) for name, model in models.items()}, 21)
         plain, folded = made(0, 8, COST_DEPTH).eval(), ewa.fold(experts[4]).eval()
         x = torch.rand(COST_BATCH, 1, 8, 8)
         with torch.no_grad():
-            infer = alternating({"before": lambda: plain(x), "after": lambda: folded(x)}, 101)
+            infer = times({"before": lambda: plain(x), "after": lambda: folded(x)}, 101)
         averages = _averages()
         batches = _after_batches(experts[4])
     ffns = sum(p.numel() for block in (1, 3) for p in dense.blocks[block].mlp.parameters())
@@ -330,13 +105,13 @@ def costs() -> Costs:
     moments = [_moments(model) for model in (dense, experts[4])]
     sizes = {(n, width): seconds for n, width, seconds in averages}
     return Costs(
-        ratio(step, "N=4", "vanilla"),
-        ratio(step, "N=2", "vanilla"),
-        ratio(step, "routed", "vanilla"),
-        ratio(infer, "after", "before"),
+        step.ratio("N=4", "vanilla"),
+        step.ratio("N=2", "vanilla"),
+        step.ratio("routed", "vanilla"),
+        infer.ratio("after", "before"),
         (
-            math.log(sizes[8, 256] / sizes[2, 256]) / math.log(4),
-            math.log(sizes[4, 512] / sizes[4, 128]) / math.log(16),
+            power([2, 4, 8], [sizes[n, 256] for n in (2, 4, 8)]),
+            power([width**2 for width in (128, 256, 512)], [sizes[4, width] for width in (128, 256, 512)]),
         ),
         batches,
         tuple((n, width, 1e3 * seconds) for n, width, seconds in averages),
@@ -355,8 +130,8 @@ def _averages() -> list[tuple[int, int, float]]:
         for size in sizes
     }
     calls = {str(size): lambda model=model: ewa.average_(model, 0.1) for size, model in models.items()}
-    seconds = alternating(calls, 41)
-    return [(*size, statistics.median(seconds[str(size)])) for size in sizes]
+    seconds = times(calls, 41)
+    return [(*size, seconds[str(size)]) for size in sizes]
 
 
 def _after_batches(model: nn.Module) -> float:
@@ -440,7 +215,7 @@ def report(runs: Mapping[Key, Run], best: Mapping[str, float], cost: Costs, both
             "the control: one FFN that begins as the mean of 4 independent draws": test(name, CONTROL),
         }
         for peer, figures in peers.items():
-            found = gain(test(name, MAIN), figures)
+            found = paired(test(name, MAIN), figures)
             train = statistics.mean(one.train for one in of(name, VANILLA))
             ours = statistics.mean(test(name, MAIN))
             claims.append(
@@ -453,10 +228,10 @@ def report(runs: Mapping[Key, Run], best: Mapping[str, float], cost: Costs, both
                     "gains, in tables of another scale",
                     f"{ours:.2f} % against {statistics.mean(figures):.2f} %: {found}",
                     found.verdict,
-                    _why(found),
+                    found.why,
                 )
             )
-    grid = {setting: gain(test("digits", setting), test("digits", VANILLA)) for setting in EWAS}
+    grid = {setting: paired(test("digits", setting), test("digits", VANILLA)) for setting in EWAS}
     above = sum(found.mean > 0 for found in grid.values())
     claims.append(
         Claim(
@@ -469,7 +244,7 @@ def report(runs: Mapping[Key, Run], best: Mapping[str, float], cost: Costs, both
             "held" if above == len(grid) else "partly held" if above else "not held",
         )
     )
-    apart = gain([one.test for one in of("digits", APART)], [float(one.ensemble or 0) for one in of("digits", APART)])
+    apart = paired([one.test for one in of("digits", APART)], [float(one.ensemble or 0) for one in of("digits", APART)])
     same = [abs(one.test - float(one.ensemble or 0)) for one in of("digits", MAIN)]
     claims.append(
         Claim(
@@ -479,12 +254,12 @@ def report(runs: Mapping[Key, Run], best: Mapping[str, float], cost: Costs, both
             "",
             f"never averaged: {apart}; averaged: at most {max(same):.2f} apart",
             # One picture of 719 is 0.14 points.
-            "held" if -apart.mean > 2 * apart.error and max(same) <= 0.15
+            "held" if apart.below() and max(same) <= 0.15
             else "partly held" if max(same) <= 0.15 else "not held",
-            "" if -apart.mean > 2 * apart.error else "Without averages folding did not lose beyond its standard error.",
+            "" if apart.below() else "Without averages folding did not lose beyond the 95 % interval.",
         )
     )  # fmt: skip
-    early = gain(test("digits", EARLY), test("digits", ROUTED))
+    early = paired(test("digits", EARLY), test("digits", ROUTED))
     claims.append(
         Claim(
             "Averaging experts early in training makes plain routed mixtures better on small sets (Early EWA).",
@@ -494,10 +269,10 @@ def report(runs: Mapping[Key, Run], best: Mapping[str, float], cost: Costs, both
             f"{statistics.mean(test('digits', EARLY)):.2f} % against "
             f"{statistics.mean(test('digits', ROUTED)):.2f} %: {early}",
             early.verdict,
-            _why(early),
+            early.why,
         )
     )
-    tune = gain(test("tune", COPIES), test("tune", VANILLA))
+    tune = paired(test("tune", COPIES), test("tune", VANILLA))
     claims.append(
         Claim(
             "Fine-tuning with averaged experts raises accuracy.",
@@ -508,7 +283,7 @@ def report(runs: Mapping[Key, Run], best: Mapping[str, float], cost: Costs, both
             f"{statistics.mean(test('tune', COPIES)):.2f} % against "
             f"{statistics.mean(test('tune', VANILLA)):.2f} %: {tune}",
             tune.verdict,
-            _why(tune),
+            tune.why,
         )
     )
     claims += _cost_claims(cost, both)
@@ -532,12 +307,6 @@ def report(runs: Mapping[Key, Run], best: Mapping[str, float], cost: Costs, both
         )
     )  # fmt: skip
     return Report("ewa", "Experts Weights Averaging", SOURCE, claims, tables, ("timm", "torch"))
-
-
-def _why(found: Gain) -> str:
-    if found.verdict == "held":
-        return ""
-    return "Within two standard errors of nothing." if abs(found.mean) <= 2 * found.error else "Below it."
 
 
 def _cost_claims(cost: Costs, both: Any) -> list[Claim]:
@@ -611,7 +380,7 @@ def _accuracies(name: str, of: Callable[[str, Setting], list[Run]], ema: tuple[f
             (
                 setting.label,
                 f"{statistics.mean(test):.2f}",
-                "" if setting == VANILLA else str(gain(test, plain)),
+                "" if setting == VANILLA else str(paired(test, plain)),
                 f"{statistics.mean(one.loss for one in found):.3f}",
                 f"{statistics.mean(one.train for one in found):.1f}",
                 f"{statistics.mean(ensemble):.2f}" if ensemble else "",
@@ -622,7 +391,7 @@ def _accuracies(name: str, of: Callable[[str, Setting], list[Run]], ema: tuple[f
         if setting == VANILLA:
             rows.append(
                 (f"vanilla with ModelEmaV3, decay {ema[0]:g}", f"{statistics.mean(ema[1]):.2f}",
-                 str(gain(ema[1], plain)), "", "", "", "", " ".join(f"{value:.1f}" for value in ema[1]))
+                 str(paired(ema[1], plain)), "", "", "", "", " ".join(f"{value:.1f}" for value in ema[1]))
             )  # fmt: skip
     title = {"digits": "Digits", "mnist5k": "MNIST", "tune": "Fine-tuning digits-vit on MNIST at 8x8 pixels"}[name]
     columns = (

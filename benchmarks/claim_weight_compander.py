@@ -8,14 +8,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
 import torch
-from benchmarks.measuring import Difference, Times, times
+from benchmarks.measuring import Difference, Times, allocated, times
 from benchmarks.weight_compander_trainings import (
     BASE,
     BATCH,
@@ -284,27 +282,9 @@ def peak(trainee: Trainee, batch: int) -> int:
     x, y = pictures(batch)
     trainee.step(x, y)
     trainee.optimizer.zero_grad(set_to_none=True)
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with _quiet(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        trainee.pass_(x, y)
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    assert changes
+    nbytes = allocated(lambda: trainee.pass_(x, y))
     trainee.optimizer.zero_grad(set_to_none=True)
-    return int(max(np.cumsum(changes)))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The profiler's library writes to the error stream that it found no GPU."""
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "w") as nothing:  # noqa: PTH123
-            os.dup2(nothing.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+    return nbytes
 
 
 def trainees() -> dict[str, Trainee]:

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 
 import pytest
 import torch
-from benchmarks.claim_apriori_conv import (
-    KINDS,
-    SMALL,
-    Run,
-    below,
-    build,
-    clearly_below,
-    count,
-    depthwise_width,
-    exponent,
-    of,
-    peak,
-    ratio,
-    tensorly_net,
-)
+from benchmarks.apriori_conv_costs import peak, tensorly_net
+from benchmarks.apriori_conv_trainings import KINDS, SMALL, Run, build, count, depthwise_width, of, ratio
+from benchmarks.claim_apriori_conv import clearly_below, within
+from benchmarks.measuring import Mean
 from torch import nn
 
 from retensor.compression import apriori as ap
@@ -60,16 +49,17 @@ def runs() -> list[Run]:
 
 def test_small_networks_are_interpolated_on_both_logarithms_and_pairs_are_of_one_seed() -> None:
     assert of(runs(), "small", 30, "train") == pytest.approx([0.2] * 3)
-    assert ratio(runs(), "cp24", "dense", "test") == pytest.approx((2, 0))
+    found = ratio(runs(), "cp24", "dense", "test")
+    assert (found.mean, found.half) == pytest.approx((2, 0))
     assert runs()[0].gap == pytest.approx(0.1)
 
 
 def test_verdicts_follow_the_figures() -> None:
-    assert [below(pair, 1.15) for pair in [(1.1, 0.2), (1.2, 0.05), (1.2, 0.02)]] == ["held", "partly held", "not held"]
-    assert [clearly_below(pair, 1) for pair in [(0.8, 0.05), (0.8, 0.2), (1.0, 0.0)]] == [
-        "held", "partly held", "not held",
-    ]  # fmt: skip
-    assert exponent([1, 2, 4], [3, 6 * math.sqrt(2), 24]) == pytest.approx(1.5)
+    def judged(rule: Callable[[Mean, float], str], limit: float, *pairs: tuple[float, float]) -> list[str]:
+        return [rule(Mean(mean, half / 2, half), limit) for mean, half in pairs]
+
+    assert judged(within, 1.15, (1.1, 0.4), (1.2, 0.1), (1.2, 0.04)) == ["held", "partly held", "not held"]
+    assert judged(clearly_below, 1, (0.8, 0.1), (0.8, 0.4), (1.0, 0.0)) == ["held", "partly held", "not held"]
 
 
 def test_recomputation_needs_no_more_memory_than_the_dense_network_and_keeping_does() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from benchmarks.claim_ewa import (
+from benchmarks.claim_ewa import Costs, report
+from benchmarks.ewa_trainings import (
     APART,
     CONTROL,
     COPIES,
@@ -20,19 +20,16 @@ from benchmarks.claim_ewa import (
     ROUTED,
     SEEDS,
     VANILLA,
-    Costs,
     Key,
     Run,
     begun,
     data_of,
-    gain,
-    report,
     run,
     trained,
 )
 from torch import nn
 
-from benchmarks import claim_ewa
+from benchmarks import claim_ewa, ewa_trainings
 from retensor.claims import Report
 from retensor.compression import ewa
 
@@ -58,19 +55,10 @@ def reported(points: dict[object, float], cost: Costs = COSTS) -> Report:
     return report(runs, best, cost, BOTH)
 
 
-def test_a_gain_is_the_paired_mean_with_its_standard_error() -> None:
-    found = gain([3.0, 5.0, 4.0, 8.0], [1.0, 4.0, 3.0, 4.0])
-    assert found.mean == 2.0
-    assert found.error == pytest.approx(math.sqrt(((0 + 1 + 1 + 4) / 3) / 4))
-    assert found.verdict == "held"
-    assert gain([3.0, 5.0, 4.0], [1.0, 6.0, 3.0]).verdict == "partly held"
-    assert gain([1.0, 1.0], [1.0, 1.0]).verdict == "not held"
-
-
 def test_verdicts_follow_from_the_figures() -> None:
-    better = reported(dict.fromkeys((*claim_ewa.EWAS, COPIES, EARLY), 1.0))
+    better = reported(dict.fromkeys((*ewa_trainings.EWAS, COPIES, EARLY), 1.0))
     assert [claim.verdict for claim in better.claims] == ["held"] * len(better.claims)
-    worse = reported(dict.fromkeys((*claim_ewa.EWAS, COPIES, EARLY), -1.0))
+    worse = reported(dict.fromkeys((*ewa_trainings.EWAS, COPIES, EARLY), -1.0))
     accuracy = [c for c in worse.claims if "against" in c.ours and "%" in c.ours]
     assert len(accuracy) == 8
     assert {claim.verdict for claim in accuracy} == {"not held"}
@@ -114,7 +102,7 @@ def test_settings_of_a_seed_see_the_same_pictures_in_the_same_order() -> None:
 
 
 def test_a_run_trains_and_folds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claim_ewa, "STEPS", 30)
+    monkeypatch.setattr(ewa_trainings, "STEPS", 30)
     found = run(("digits", MAIN, 0, 4e-3))
     assert 10 < found.test <= 100
     assert found.spread is not None
@@ -126,7 +114,7 @@ def test_a_run_trains_and_folds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_moments_are_counted() -> None:
-    model = claim_ewa.made(0, 8)
+    model = ewa_trainings.made(0, 8)
     parameters = sum(p.numel() for p in model.parameters())
     assert claim_ewa._moments(model) == 2 * parameters
     experts: nn.Module = ewa.convert(model, 4)
