@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
+from benchmarks.measuring import power, seconds, times, verdict
 from benchmarks.pela_students import (
     BOTH,
     EPOCHS,
@@ -34,9 +33,8 @@ from benchmarks.pela_students import (
     Outcome,
     Recipe,
     all_repaired,
-    mean,
-    paired,
     percent,
+    points,
     teachers,
 )
 from benchmarks.pela_transfer import SEEDS, second_task, sentence_pairs
@@ -44,7 +42,7 @@ from torch import nn
 from torch.nn import functional
 
 import retensor as rt
-from retensor.claims import Claim, Report, Table, Verdict
+from retensor.claims import Claim, Report, Table
 from retensor.compression import pela
 from retensor.data import accuracy, reference
 
@@ -108,8 +106,7 @@ def arithmetic(progress: Callable[[str], None]) -> tuple[list[Claim], list[Table
 
 def repairs(progress: Callable[[str], None]) -> tuple[list[Claim], list[Table]]:
     """The miniature of the headline: five teachers, few labels and all of them."""
-    progress("teachers")
-    teachers((0, *SEEDS))
+    teachers((0, *SEEDS), progress)
     rates = _rates(progress)
     models = {seed: reference("digits-vit", seed=seed) for seed in SEEDS}
     full = [accuracy(model, data.x_test, data.y_test) for model, data in models.values()]
@@ -126,14 +123,14 @@ def repairs(progress: Callable[[str], None]) -> tuple[list[Claim], list[Table]]:
     ways += [("few", HARDER[-1], recipe) for recipe in RECIPES[1:]]
     ways.append(("few", 3.0, PRUNED))
     heavy = [("few", 3.0, replace(BOTH, gamma=gamma, name=f"gamma {gamma:g}")) for gamma in GAMMAS[1:]]
-    progress("repairing students on digits")
     done = iter(
         all_repaired(
             [
                 (seed, ratio, recipe, labels, rates[labels, BOTH.name if "gamma" in recipe.name else recipe.name])
                 for labels, ratio, recipe in (*ways, *heavy)
                 for seed in SEEDS
-            ]
+            ],
+            progress,
         )
     )
     found = {(labels, ratio, recipe.name): list(islice(done, len(SEEDS))) for labels, ratio, recipe in (*ways, *heavy)}
@@ -151,19 +148,19 @@ def repairs(progress: Callable[[str], None]) -> tuple[list[Claim], list[Table]]:
         _better(
             "The teacher's features (FD) repair better than the task alone.",
             few, f"SVD + task; {tuned}", "better", lambda ratio: (of("few", ratio, FD), of("few", ratio, TASK)),
-            "Differences within two standard errors count as none.",
+            "Differences within the 95 % interval count as none.",
             HARDER,
         ),
         _better(
             "(ours) Where labels are few, the features alone repair better than with the task.",
             few, f"SVD + task + FD; {tuned}", "none", lambda ratio: (of("few", ratio, ONLY), of("few", ratio, FD)),
-            "Differences within two standard errors count as none.",
+            "Differences within the 95 % interval count as none.",
             HARDER,
         ),
         _better(
             "FD adds to the task where labels are plentiful.",
             all_, f"SVD + task; {tuned}", "better", lambda ratio: (of("all", ratio, FD), of("all", ratio, TASK)),
-            "Differences within two standard errors count as none; all labels repair nearly everything already.",
+            "Differences within the 95 % interval count as none; all labels repair nearly everything already.",
         ),
         _better(
             "The weights' distance (WP, gamma = 1) adds to FD.",
@@ -188,21 +185,19 @@ def repairs(progress: Callable[[str], None]) -> tuple[list[Claim], list[Table]]:
     ]  # fmt: skip
     rows = [
         (
-            "few" if labels == "few" else "all", ratio, name, percent([o.accuracy for o in out]),
-            percent([o.agreement for o in out]), f"{mean([o.deviation for o in out]):.3f}",
+            "few" if labels == "few" else "all", ratio, name, str(percent([o.accuracy for o in out])),
+            str(percent([o.agreement for o in out])), f"{statistics.fmean([o.deviation for o in out]):.3f}",
             f"{rates[labels, name]:g}",
         )
         for (labels, ratio, name), out in found.items()
     ]  # fmt: skip
-    rows += [("", ratio, "SVD alone", percent(plain[ratio]), "", "", "") for ratio in HARDER]
-    rows.append(
-        ("few", 3.0, PRUNED.name, percent([o.accuracy for o in peers]), percent([o.agreement for o in peers]), "",
-         f"{rates['few', PRUNED.name]:g}")
-    )  # fmt: skip
-    rows.append(("all", 1.0, "the teacher", percent(full), "", "", ""))
+    rows += [("", ratio, "SVD alone", str(percent(plain[ratio])), "", "", "") for ratio in HARDER]
+    cut = (str(percent([getattr(outcome, what) for outcome in peers])) for what in ("accuracy", "agreement"))
+    rows.append(("few", 3.0, PRUNED.name, *cut, "", f"{rates['few', PRUNED.name]:g}"))
+    rows.append(("all", 1.0, "the teacher", str(percent(full)), "", "", ""))
     columns = ("Labels", "c", "Student", "Test accuracy, %", "Agrees with teacher, %", "Max |BA - W|", "Rate")
     swept = [
-        (f"{gamma:g}", percent([o.accuracy for o in out]), f"{mean([o.deviation for o in out]):.4f}")
+        (f"{gamma:g}", str(percent([o.accuracy for o in out])), f"{statistics.fmean([o.deviation for o in out]):.4f}")
         for gamma, out in {0.0: found["few", 3.0, FD.name], **sweep}.items()
     ]
     return claims, [
@@ -220,7 +215,7 @@ def _rates(progress: Callable[[str], None]) -> dict[tuple[str, str], float]:
         for rate in RATES
     ]
     progress("learning rates on digits")
-    done = all_repaired([(0, 3.0, recipe, labels, rate) for labels, recipe, rate in ways])
+    done = all_repaired([(0, 3.0, recipe, labels, rate) for labels, recipe, rate in ways], progress)
     best: dict[tuple[str, str], tuple[float, float]] = {}
     for (labels, recipe, rate), outcome in zip(ways, done, strict=True):
         best[labels, recipe.name] = max(best.get((labels, recipe.name), (-1.0, 0.0)), (outcome.accuracy, rate))
@@ -236,49 +231,51 @@ def _better(
     reason: str,
     ratios: Sequence[float] = RATIOS,
 ) -> Claim:
-    """A claim that one way gives more than another, at every ratio by more than two standard errors."""
-    gains = {ratio: paired(*figures(ratio)) for ratio in ratios}
-    clear = [gain > 2 * spread and gain > 0 for gain, spread in gains.values()]
-    verdict: Verdict = "held" if all(clear) else "partly held" if any(clear) else "not held"
-    ours = ", ".join(f"c = {ratio:g}: {100 * m:+.1f} ± {100 * e:.1f}" for ratio, (m, e) in gains.items())
-    return Claim(statement, setting, baseline, paper, f"points: {ours}", verdict, "" if verdict == "held" else reason)
+    """A claim that one way gives more than another, at every ratio beyond the 95 % interval."""
+    gains = {ratio: points(*figures(ratio)) for ratio in ratios}
+    clear = [gain.above() for gain in gains.values()]
+    found = verdict(all(clear), any(clear))
+    ours = ", ".join(f"c = {ratio:g}: {gain}" for ratio, gain in gains.items())
+    return Claim(statement, setting, baseline, paper, f"points: {ours}", found, "" if found == "held" else reason)
 
 
 def _lost(teacher: Sequence[float], students: Mapping[float, Sequence[float]], setting: str) -> Claim:
-    lost = {ratio: paired(teacher, student) for ratio, student in students.items()}
-    asked = [loss <= 0.006 for loss, _ in lost.values()]
-    ours = ", ".join(f"c = {ratio:g}: {100 * m:+.1f} ± {100 * e:.1f}" for ratio, (m, e) in lost.items())
+    lost = {ratio: points(teacher, student) for ratio, student in students.items()}
+    asked = [loss.mean <= 0.6 for loss in lost.values()]
+    ours = ", ".join(f"c = {ratio:g}: {loss}" for ratio, loss in lost.items())
     return Claim(
         "About 0.6 points are lost where 1/3 to 2/3 of the parameters go.",
         setting + ", SVD + task + FD + WP",
         "the teacher",
         "0.6 points",
         f"points lost: {ours}",
-        "held" if all(asked) else "partly held" if any(asked) else "not held",
-        f"Within two standard errors of 0.6 at {sum(m - 2 * e <= 0.006 for m, e in lost.values())} of {len(lost)} "
-        "ratios; one of 719 test pictures is 0.14 points.",
+        verdict(all(asked), any(asked)),
+        f"0.6 is within the 95 % interval at {sum(loss.within(0.6) for loss in lost.values())} of {len(lost)} ratios; "
+        "one of 719 test pictures is 0.14 points.",
     )
 
 
 def _pruned_claim(ours: Sequence[float], theirs: Sequence[float], setting: str, tuned: str) -> Claim:
-    gain, spread = paired(ours, theirs)
+    gain = points(ours, theirs)
     return Claim(
         "(ours) At as many parameters, low rank is repaired better than narrower layers.",
         f"{setting}, c = 3",
         f"torch-pruning, GroupTaylorImportance, then task + teacher's logits; {tuned}",
         "none",
-        f"{100 * gain:+.1f} ± {100 * spread:.1f} points",
-        "held" if gain > 2 * spread else "not held",
+        f"{gain} points",
+        gain.verdict,
         "Its widths differ from the teacher's, so that block features cannot be compared.",
     )
 
 
 def _swept(without: Sequence[Outcome], sweep: Mapping[float, Sequence[Outcome]], setting: str) -> Claim:
     base = [outcome.deviation for outcome in without]
-    ratios = {gamma: mean([o.deviation for o in out]) / mean(base) for gamma, out in sweep.items()}
-    gains = {g: paired([o.accuracy for o in out], [o.accuracy for o in without]) for g, out in sweep.items()}
+    ratios = {
+        gamma: statistics.fmean([o.deviation for o in out]) / statistics.fmean(base) for gamma, out in sweep.items()
+    }
+    gains = {g: points([o.accuracy for o in out], [o.accuracy for o in without]) for g, out in sweep.items()}
     falls = all(ratios[b] < ratios[a] for a, b in pairwise(GAMMAS))
-    helps = [f"{gamma:g}" for gamma, (gain, spread) in gains.items() if gain > 2 * spread]
+    helps = [f"{gamma:g}" for gamma, gain in gains.items() if gain.above()]
     return Claim(
         "WP holds the factors' product near the weights.",
         f"{setting}, c = 3, gamma from 1 to 1,000",
@@ -287,9 +284,9 @@ def _swept(without: Sequence[Outcome], sweep: Mapping[float, Sequence[Outcome]],
         "largest deviation "
         + ", ".join(f"x{ratio:.2f} at {gamma:g}" for gamma, ratio in ratios.items())
         + "; accuracy "
-        + ", ".join(f"{100 * gain:+.1f} ± {100 * spread:.1f}" for gain, spread in gains.values()),
+        + ", ".join(map(str, gains.values())),
         "held" if falls and ratios[GAMMAS[0]] < 1 else "partly held" if min(ratios.values()) < 1 else "not held",
-        f"Accuracy gains by more than two standard errors at gamma = {', '.join(helps) or 'none of these'}.",
+        f"Accuracy gains beyond the 95 % interval at gamma = {', '.join(helps) or 'none of these'}.",
     )
 
 
@@ -343,7 +340,8 @@ def speed(progress: Callable[[str], None]) -> tuple[list[Claim], list[Table]]:
         with torch.no_grad():
             part(x)
 
-    dense, small = _alternating((lambda: forward(model), lambda: forward(student)), 3)
+    forwards = times({"dense": lambda: forward(model), "student": lambda: forward(student)}, 3)
+    dense, small = forwards["dense"], forwards["student"]
     with tempfile.TemporaryDirectory() as folder:
         sizes = []
         for name, part in (("before", model), ("after", student)):
@@ -366,7 +364,8 @@ def speed(progress: Callable[[str], None]) -> tuple[list[Claim], list[Table]]:
             optimizer.step()
 
         steps.append(step)
-    without, with_ = _alternating(steps, 2)
+    taken = times(dict(zip(("without", "with"), steps, strict=True)), 3)
+    without, with_ = taken["without"], taken["with"]
     claims = [
         Claim(
             "Operations fall about as the parameters do.",
@@ -396,7 +395,7 @@ def speed(progress: Callable[[str], None]) -> tuple[list[Claim], list[Table]]:
         Claim(
             "(ours) L_WP costs under 25 % of a training step.",
             f"DeiT-S, batch 16, c = 3, task + FD with gamma 0 and 1, {threads}",
-            "the step without it, alternating, medians of 2",
+            "the step without it, alternating, medians of 3",
             "25 %",
             f"{with_ / without - 1:+.1%} ({without:.2f} s a step)",
             "held" if with_ / without < 1.25 else "not held",
@@ -412,23 +411,23 @@ def speed(progress: Callable[[str], None]) -> tuple[list[Claim], list[Table]]:
 def growth(progress: Callable[[str], None]) -> tuple[list[Claim], list[Table]]:
     """Time to compress by the size of a layer and by the number of layers."""
     rows: list[tuple[str | int | float, ...]] = []
-    seconds = {}
+    took = {}
     for shape in ((512, 512), (1024, 1024), (2048, 2048), (512, 1024), (512, 2048), (512, 4096), (4096, 4096)):
         progress(f"a layer of {shape[0]} x {shape[1]}")
         layer = nn.Sequential(nn.Linear(shape[1], shape[0]))
-        took = [_timed(lambda: pela.compress(layer, 2.0)) for _ in range(1 if shape[0] > 2000 else 3)]  # noqa: B023
-        seconds[shape] = min(took)
-        rows.append((f"one layer of {shape[0]} x {shape[1]}", 1, seconds[shape]))
+        repeats = range(1 if shape[0] > 2000 else 3)
+        took[shape] = min(seconds(lambda: pela.compress(layer, 2.0)) for _ in repeats)  # noqa: B023
+        rows.append((f"one layer of {shape[0]} x {shape[1]}", 1, took[shape]))
     counts = (50, 100, 200, 400)
     walks = {}
     for count in counts:
         model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(count)))
-        walks[count] = min(_timed(lambda: pela.compress(model, 2.0)) for _ in range(3))  # noqa: B023
+        walks[count] = min(seconds(lambda: pela.compress(model, 2.0)) for _ in range(3))  # noqa: B023
         rows.append(("layers of 32 x 32", count, walks[count]))
-    square = _exponent({n: seconds[n, n] for n in (512, 1024, 2048)})
-    long = _exponent({n: seconds[512, n] for n in (1024, 2048, 4096)})
-    walk = _exponent(walks)
-    largest = seconds[4096, 4096]
+    square = power((512, 1024, 2048), [took[n, n] for n in (512, 1024, 2048)])
+    long = power((1024, 2048, 4096), [took[512, n] for n in (1024, 2048, 4096)])
+    walk = power(counts, [walks[count] for count in counts])
+    largest = took[4096, 4096]
     held = square < 3.3 and long < 1.3 and walk < 1.3 and largest < 30
     claim = Claim(
         "(ours) Compressing costs O(min(o, i)^2 max(o, i)) a layer, and is linear in the number of layers.",
@@ -439,26 +438,3 @@ def growth(progress: Callable[[str], None]) -> tuple[list[Claim], list[Table]]:
         "held" if held else "not held",
     )
     return [claim], [Table("Time to compress", ("What", "Layers", "Seconds"), rows)]
-
-
-def _timed(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def _alternating(runs: Sequence[Callable[[], Any]], times: int) -> list[float]:
-    """Median seconds of each, taken in turn after one run that is not counted."""
-    taken: list[list[float]] = [[] for _ in runs]
-    for number in range(times + 1):
-        for run, seconds in zip(runs, taken, strict=True):
-            took = _timed(run)
-            if number:
-                seconds.append(took)
-    return [statistics.median(seconds) for seconds in taken]
-
-
-def _exponent(seconds: Mapping[int, float]) -> float:
-    """The slope of the times over the sizes, both on logarithmic axes."""
-    x, y = (torch.tensor(list(part), dtype=torch.float64).log() for part in (seconds.keys(), seconds.values()))
-    return float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())

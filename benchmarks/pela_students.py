@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import os
-import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import joblib
 import torch
+from benchmarks.measuring import Difference, Mean, on_all_cores, paired
 from torch import nn
 from torch.nn import functional
 
@@ -102,16 +100,14 @@ def repaired(
     )
 
 
-def teachers(seeds: Sequence[int]) -> None:
-    """Train the reference models that are not kept yet, as many at a time as there are cores."""
-    with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
-        joblib.Parallel(n_jobs=os.cpu_count())(joblib.delayed(reference)("digits-vit", seed=seed) for seed in seeds)
+def teachers(seeds: Sequence[int], progress: Callable[[str], None]) -> None:
+    """Train the reference models that are not kept yet."""
+    on_all_cores(reference, [("digits-vit", seed) for seed in seeds], progress, "teachers")
 
 
-def all_repaired(jobs: Sequence[Job]) -> list[Outcome]:
-    """Train students, as many at a time as there are cores, each on one thread."""
-    with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
-        return list(joblib.Parallel(n_jobs=os.cpu_count())(joblib.delayed(_job)(*job) for job in jobs))
+def all_repaired(jobs: Sequence[Job], progress: Callable[[str], None]) -> list[Outcome]:
+    """Train students, as many at a time as there are cores."""
+    return on_all_cores(_job, jobs, progress, "students")
 
 
 def _job(seed: int, ratio: float, recipe: Recipe, labels: str, rate: float) -> Outcome:
@@ -142,20 +138,11 @@ def pruned(teacher: nn.Module, some: Split, parameters: int) -> nn.Module:
     return model
 
 
-def mean(values: Sequence[float]) -> float:
-    return statistics.fmean(values)
+def percent(values: Sequence[float]) -> Mean:
+    """Of shares, as percentages."""
+    return Mean.of([100 * value for value in values], digits=1)
 
 
-def error(values: Sequence[float]) -> float:
-    """The standard error of the mean."""
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-
-
-def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard error of differences, seed by seed."""
-    apart = [a - b for a, b in zip(ours, theirs, strict=True)]
-    return mean(apart), error(apart)
-
-
-def percent(values: Sequence[float]) -> str:
-    return f"{100 * mean(values):.1f} ± {100 * error(values):.1f}"
+def points(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
+    """Differences of shares, seed by seed, in points."""
+    return paired([100 * value for value in ours], [100 * value for value in theirs], digits=1)

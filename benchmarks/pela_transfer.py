@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
-from benchmarks.pela_students import BOTH, FD, ONLY, RANDOM, RECIPES, TASK, Recipe, error, mean, paired, percent
+from benchmarks.measuring import Difference, Mean, paired, verdict
+from benchmarks.pela_students import BOTH, FD, ONLY, RANDOM, RECIPES, TASK, Recipe, percent, points
 from torch import nn
 from torch.nn import functional
 
@@ -70,10 +72,9 @@ def second_task(progress: Callable[[str], None]) -> tuple[list[Claim], list[Tabl
                 trained[name] = sum(parameter.numel() for parameter in mine)
         if seed == 0:
             figures = {name: [] for name in figures}
-    gain, spread = paired(figures["student"], figures["LoRA"])
-    dense, dense_error = paired(figures["student"], figures["dense"])
+    gain = points(figures["student"], figures["LoRA"])
+    dense = points(figures["student"], figures["dense"])
     less = held["student"][-1] / held["LoRA"][-1]
-    near = gain > -2 * spread
     setting = f"digits turned by a quarter, {steps} steps, c = 3, repaired once, 5 seeds; rates chosen on another"
     claims = [
         Claim(
@@ -81,10 +82,9 @@ def second_task(progress: Callable[[str], None]) -> tuple[list[Claim], list[Tabl
             setting,
             "peft's LoRA on the dense model with factors of the same sizes, and its head",
             "none",
-            f"{percent(figures['student'])} % against {percent(figures['LoRA'])} %: {100 * gain:+.1f} ± "
-            f"{100 * spread:.1f} points; against all of the dense model, {percent(figures['dense'])} %: "
-            f"{100 * dense:+.1f} ± {100 * dense_error:.1f}",
-            "held" if near else "not held",
+            f"{percent(figures['student'])} % against {percent(figures['LoRA'])} %: {gain} points; "
+            f"against all of the dense model, {percent(figures['dense'])} %: {dense}",
+            verdict(not gain.below()),
         ),
         Claim(
             "LoRA has to hold the whole backbone while it trains; the student does not.",
@@ -97,7 +97,7 @@ def second_task(progress: Callable[[str], None]) -> tuple[list[Claim], list[Tabl
             "Activations are not counted.",
         ),
     ]
-    rows = [(name, percent(figures[name]), trained[name], held[name][-1], f"{chosen[name]:g}") for name in figures]
+    rows = [(name, str(percent(figures[name])), trained[name], held[name][-1], f"{chosen[name]:g}") for name in figures]
     columns = ("Model", "Test accuracy, %", "Trained", "Bytes while training", "Rate")
     return claims, [Table("A second task", columns, rows)]
 
@@ -177,10 +177,10 @@ def sentence_pairs(progress: Callable[[str], None]) -> tuple[list[Claim], list[T
                 progress(f"all-MiniLM-L6-v2, c = {ratio:g}, {recipe.name}, seed {seed}")
                 found.setdefault((ratio, recipe.name), []).append(trained(ratio, recipe, best[recipe.name], seed))
     alone = found[3.0, "SVD alone"][0][0]
-    means = {name: mean([a for a, _ in found[3.0, name]]) for ratio, name in found if ratio == 3.0}
+    means = {name: statistics.fmean([a for a, _ in found[3.0, name]]) for ratio, name in found if ratio == 3.0}
 
-    def gain_of(ours: Recipe, theirs: Recipe) -> tuple[float, float]:
-        return paired([a for a, _ in found[3.0, ours.name]], [a for a, _ in found[3.0, theirs.name]])
+    def gain_of(ours: Recipe, theirs: Recipe) -> Difference:
+        return paired([a for a, _ in found[3.0, ours.name]], [a for a, _ in found[3.0, theirs.name]], digits=4)
 
     both, features, wp = gain_of(FD, TASK), gain_of(ONLY, TASK), gain_of(BOTH, FD)
     setting = (
@@ -194,9 +194,8 @@ def sentence_pairs(progress: Callable[[str], None]) -> tuple[list[Claim], list[T
             setting,
             against,
             "better",
-            f"SVD alone {alone:.3f}, + task {means[TASK.name]:.3f}, + FD {means[FD.name]:.3f}: {both[0]:+.3f} ± "
-            f"{both[1]:.3f}",
-            "held" if both[0] > 2 * both[1] and means[FD.name] > alone else "not held",
+            f"SVD alone {alone:.3f}, + task {means[TASK.name]:.3f}, + FD {means[FD.name]:.3f}: {both}",
+            verdict(both.above() and means[FD.name] > alone),
             "Each way at the best of two learning rates on another order of the sentences.",
         ),
         Claim(
@@ -204,25 +203,25 @@ def sentence_pairs(progress: Callable[[str], None]) -> tuple[list[Claim], list[T
             setting,
             against,
             "none",
-            f"{means[ONLY.name]:.3f}: {features[0]:+.3f} ± {features[1]:.3f}",
-            "held" if features[0] > 2 * features[1] else "not held",
+            f"{means[ONLY.name]:.3f}: {features}",
+            features.verdict,
         ),
         Claim(
             "WP (gamma = 1) adds to FD there.",
             setting,
             "SVD + task + FD",
             "better",
-            f"{wp[0]:+.4f} ± {wp[1]:.4f}",
-            "held" if wp[0] > 2 * wp[1] else "not held",
-            "" if wp[0] > 2 * wp[1] else "The difference is within two standard errors, or the other way.",
+            str(wp),
+            wp.verdict,
+            wp.why,
         ),
     ]
     rows = [
         (
             ratio,
             name,
-            f"{mean([a for a, _ in out]):.4f} ± {error([a for a, _ in out]):.4f}",
-            mean([d for _, d in out]),
+            str(Mean.of([a for a, _ in out], digits=4)) if len(out) > 1 else f"{out[0][0]:.4f}",
+            statistics.fmean([d for _, d in out]),
             f"{best[name]:g}" if name in best else "",
         )
         for (ratio, name), out in found.items()

@@ -132,17 +132,13 @@ def test_trained_weights_of_a_language_model_are_repaired(minilm: tuple) -> None
 
 
 def test_the_claims_verdicts_follow_their_figures() -> None:
-    from benchmarks.pela_students import paired
-
     from benchmarks import claim_pela as claim
 
-    assert claim._exponent({1: 2.0, 2: 16.0, 4: 128.0}) == pytest.approx(3)
-    assert paired([0.9, 0.8], [0.8, 0.6]) == pytest.approx((0.15, 0.05))
     for gains, verdict in (
-        ([0.02, 0.03], "held"), ([-0.02, -0.03], "not held"), ([0.02, -0.02], "not held"),
+        ([0.02, 0.021], "held"), ([-0.02, -0.021], "not held"), ([0.02, -0.02], "not held"),
     ):  # fmt: skip
         assert claim._better("", "", "", "", lambda ratio: (gains, [0.0, 0.0]), "why").verdict == verdict  # noqa: B023
-    one = claim._better("", "", "", "", lambda ratio: ([ratio, ratio + 1], [2.0, 3.0]), "why")
+    one = claim._better("", "", "", "", lambda ratio: ([ratio + 0.01, ratio + 1], [2.0, 3.0]), "why")
     assert (one.verdict, one.reason) == ("partly held", "why")
     lost = claim._lost([0.95, 0.95], {2.0: [0.948, 0.95], 3.0: [0.9, 0.9]}, "")
     assert lost.verdict == "partly held"
