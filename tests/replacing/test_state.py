@@ -192,6 +192,11 @@ def written(path: Path, **changes: Any) -> Path:
         ({"replacements": [{"name": "2", "kind": "retensor.planning.x", "config": {}}]}, "no replacement is called"),
         ({"replacements": [{"name": "2", "kind": SameLinear.kind(), "config": {"a": 1}}]}, "that cannot be made"),
         ({"replacements": [{"name": "2", "kind": SameLinear.kind(), "config": {"inputs": -1, "outputs": 8}}]}, "made"),
+        # Four terabytes, which are never asked for.
+        (
+            {"replacements": [{"name": "2", "kind": SameLinear.kind(), "config": {"inputs": 10**6, "outputs": 10**6}}]},
+            r"in the model; give a model like the one",
+        ),
         ({"replacements": [{"name": "2", "kind": Doubled.kind(), "config": {}}]}, "in the place of another kind"),
         ({"shared": {"9": "2"}}, "replaces '9', which the base lacks"),
         ({"shared": {"2.inner": "2"}}, "which lies around it"),
@@ -204,6 +209,25 @@ def written(path: Path, **changes: Any) -> Path:
 def test_headers_that_are_wrong_are_told(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(RetensorError, match=said):
         rt.load(written(tmp_path / "m.safetensors", **changes), net())
+
+
+def test_replacements_are_told_when_all_of_a_model_is_loaded(tmp_path: Path) -> None:
+    seen: list[nn.Module] = []
+
+    class Told(SameLinear):
+        def loaded(self, model: nn.Module) -> None:
+            assert torch.equal(self.inner.weight, model.get_submodule("2").inner.weight)
+            seen.append(model)
+
+    def told(layer: nn.Linear) -> Told:
+        made = Told(layer.in_features, layer.out_features)
+        made.inner.load_state_dict(layer.state_dict())
+        return made
+
+    path = tmp_path / "m.safetensors"
+    rt.save(rt.replace(net(), {"2": told}), path)
+    assert rt.load(path, net()) is seen[0]
+    assert len(seen) == 1
 
 
 def test_mutated_files_are_read_or_refused_in_a_sentence(tmp_path: Path) -> None:

@@ -53,6 +53,9 @@ class Replacement(_Kind):
         """A plain layer with the same outputs within rounding; None where there is none. ``self`` stays as it is."""
         return None
 
+    def loaded(self, model: nn.Module) -> None:
+        """Called by :func:`retensor.load` once all of a model is read, for what replacements hold in common."""
+
 
 class Reparametrization(_Kind):
     """A parametrization (:mod:`torch.nn.utils.parametrize`) of a tensor that can be baked into plain values."""

@@ -118,14 +118,17 @@ def load(path: str | os.PathLike[str], base: nn.Module | None = None) -> nn.Modu
         raise TypeError("the base of a saved state is a model that is not scripted yet; load before scripting")
     shown = brief(path)
     tensors, header = _read(Path(path), shown)
-    model = _rebuilt(base, header, shown)
     for name, kept in header["tied"].items():
         if kept not in tensors or name in tensors:
             raise RetensorError(f"'{shown}' ties '{brief(name)}' to '{brief(kept)}', which it does not hold")
         tensors[name] = tensors[kept]
+    model = _rebuilt(base, header, tensors, shown)
     _compare(tensors, model.state_dict(keep_vars=True), shown)
     model.load_state_dict(tensors)
     _tie(model, header["tied"])
+    for module in model.modules():
+        if isinstance(module, Replacement):
+            module.loaded(model)
     return model
 
 
@@ -229,10 +232,12 @@ def _entries(given: Any, keys: set[str]) -> bool:
     )
 
 
-def _rebuilt(base: nn.Module | None, header: Mapping[str, Any], shown: str) -> nn.Module:
+def _rebuilt(
+    base: nn.Module | None, header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], shown: str
+) -> nn.Module:
     whole = [entry for entry in header["replacements"] if not entry["name"]]
     if whole:
-        model = _module(whole[0], Replacement, shown)
+        model = _module(whole[0], Replacement, "", tensors, shown)
         if base is not None:
             model.train(base.training)
         return model
@@ -241,7 +246,7 @@ def _rebuilt(base: nn.Module | None, header: Mapping[str, Any], shown: str) -> n
     model = copied(base)
     for entry in header["replacements"]:
         name = entry["name"]
-        new = _module(entry, Replacement, shown)
+        new = _module(entry, Replacement, f"{name}.", tensors, shown)
         settle(_found(model, name, shown), new)
         put(model, name, new)
     for name, same in header["shared"].items():
@@ -253,7 +258,12 @@ def _rebuilt(base: nn.Module | None, header: Mapping[str, Any], shown: str) -> n
         layer = _found(model, entry["name"], shown)
         if not isinstance(getattr(layer, entry["tensor"], None), torch.Tensor):
             raise RetensorError(f"'{brief(entry['name'])}' of the base has no tensor '{brief(entry['tensor'])}'")
-        step = _module(entry, Reparametrization, shown).to(getattr(layer, entry["tensor"]).device)
+        before = (
+            len(layer.parametrizations[entry["tensor"]]) if parametrize.is_parametrized(layer, entry["tensor"]) else 0
+        )
+        place = f"{entry['name']}.parametrizations.{entry['tensor']}.{before}."
+        step = _module(entry, Reparametrization, place.removeprefix("."), tensors, shown)
+        step.to(getattr(layer, entry["tensor"]).device)
         # Values come from the file: none is worked out from the base's.
         parametrize.register_parametrization(layer, entry["tensor"], step, unsafe=True)
     return model
@@ -268,11 +278,22 @@ def _found(model: nn.Module, name: str, shown: str) -> nn.Module:
         ) from None
 
 
-def _module(entry: Mapping[str, Any], family: type[_Kind], shown: str) -> nn.Module:
+def _module(
+    entry: Mapping[str, Any], family: type[_Kind], prefix: str, tensors: Mapping[str, torch.Tensor], shown: str
+) -> nn.Module:
     kind = kind_named(entry["kind"])
     if not issubclass(kind, family):
         raise RetensorError(f"'{shown}' has {entry['kind']} in the place of another kind of part")
     try:
+        # Without memory first: a small file may describe a module that no memory would hold.
+        with torch.device("meta"):
+            sketch = kind.from_config(entry["config"])
+        _compare(
+            {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)},
+            {prefix + name: tensor for name, tensor in sketch.state_dict(keep_vars=True).items()},
+            shown,
+            values=False,
+        )
         return kind.from_config(entry["config"])
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, OverflowError, MemoryError) as error:
         raise RetensorError(f"'{shown}' describes a {kind.__name__} that cannot be made: {brief(error)}") from None
@@ -287,7 +308,9 @@ def _tie(model: nn.Module, tied: Mapping[str, str]) -> None:
             owner._parameters[leaf] = source._parameters[label]
 
 
-def _compare(theirs: Mapping[str, torch.Tensor], ours: Mapping[str, torch.Tensor], shown: str) -> None:
+def _compare(
+    theirs: Mapping[str, torch.Tensor], ours: Mapping[str, torch.Tensor], shown: str, values: bool = True
+) -> None:
     strange = [name for name in theirs if name not in ours]
     absent = [name for name in ours if name not in theirs]
     if strange or absent:
@@ -300,13 +323,16 @@ def _compare(theirs: Mapping[str, torch.Tensor], ours: Mapping[str, torch.Tensor
                 f"'{brief(name)}' has shape {list(tensor.shape)} in '{shown}' and {list(mine.shape)} in the model; "
                 "give a model like the one it was saved from"
             )
-        if mine.is_meta:
+        if values and mine.is_meta:
             raise RetensorError(
                 f"'{brief(name)}' of the model lies on the meta device, where values cannot be loaded; make the base "
                 "on a real one, or call to_empty before"
             )
         # Within floating-point types a value is rounded; between kinds it would be another one.
-        if (tensor.is_floating_point(), tensor.is_complex()) != (mine.is_floating_point(), mine.is_complex()):
+        if values and (tensor.is_floating_point(), tensor.is_complex()) != (
+            mine.is_floating_point(),
+            mine.is_complex(),
+        ):
             raise RetensorError(
                 f"'{brief(name)}' is of type {tensor.dtype} in '{shown}' and {mine.dtype} in the model; give a model "
                 "like the one it was saved from"
