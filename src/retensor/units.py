@@ -110,6 +110,18 @@ def whole(number: object, what: str, allowed: str = "an int") -> int:
     raise TypeError(f"{what} is {allowed}, not {type(number).__name__}")
 
 
+def check_flags(**flags: object) -> None:
+    """Refuse what is neither True nor False, by its name.
+
+    Raises
+    ------
+    TypeError
+    """
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is True or False, not {type(value).__name__}")
+
+
 def format_bytes(count: int | float) -> str:
     """``count`` bytes for people, in binary units.
 

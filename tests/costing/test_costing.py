@@ -380,3 +380,11 @@ def test_the_functions_stay_functions_after_their_folder_is_imported():
     assert callable(rt.cost)
     assert rt.cost is retensor.costing.cost
     assert rt.compare is retensor.costing.compare
+
+
+@pytest.mark.parametrize("option", ["parameters", "fuse", "in_place"])
+def test_flags_are_true_or_false(option: str) -> None:
+    with pytest.raises(TypeError, match=f"{option} is True or False, not str"):
+        rt.cost("onnx:squeezenet", **{option: "no"})
+    with pytest.raises(TypeError, match="name is text, not 5"):
+        rt.cost("onnx:squeezenet", name=5)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from retensor.costing.sheet import CostSheet
+from retensor.files import described
 from retensor.graph.load import load
 from retensor.graph.merge import short_kind
 from retensor.graph.structure import Graph, Tensor
@@ -23,7 +24,7 @@ from retensor.planning.peak import peak_of
 from retensor.planning.plan import Accelerator
 from retensor.planning.problem import build_problem, minimum_required
 from retensor.planning.progress import ProgressCallback
-from retensor.units import parse_size
+from retensor.units import check_flags, parse_size
 
 if TYPE_CHECKING:
     import torch
@@ -97,6 +98,9 @@ def cost(
     >>> sheet.compulsory_bytes, sheet.streamed_bytes, sheet.non_compulsory_bytes
     (3248, 1024, 0)
     """
+    check_flags(parameters=parameters, fuse=fuse, in_place=in_place)
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"name is text, not {described(name)}")
     chip = None if accelerator is None else accelerator_named(accelerator)
     if alignment is not None:
         chip = None if chip is None else replace(chip, alignment=alignment)

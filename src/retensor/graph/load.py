@@ -16,6 +16,7 @@ from retensor.files import brief
 from retensor.graph.json import read_graph
 from retensor.graph.merge import merge
 from retensor.graph.structure import Graph
+from retensor.units import check_flags
 
 _LONGEST_NAME = 200
 _TORCH_FILES = (".pt2", ".pt", ".pth")
@@ -63,9 +64,7 @@ def load(
     >>> graph.name, len(graph.operators), graph.operators[0].kind
     ('squeezenet', 39, 'Conv+Relu')
     """
-    for option, value in (("fuse", fuse), ("in_place", in_place)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{option} is True or False, not {type(value).__name__}")
+    check_flags(fuse=fuse, in_place=in_place)
     if not isinstance(source, (str, os.PathLike)):
         return _from_torch(source, inputs, dtype, fuse, in_place)
     text = os.fspath(source)
