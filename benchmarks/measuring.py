@@ -56,8 +56,8 @@ class Difference(Mean):
 
     @property
     def verdict(self) -> Verdict:
-        """Held where the interval lies above nothing, partly where only the mean does."""
-        return verdict(self.above(), self.mean > 0)
+        """Held where the interval lies above nothing."""
+        return verdict(self.above())
 
     @property
     def why(self) -> str:

@@ -15,7 +15,7 @@ except ImportError as error:
 from retensor.data.reference import REFERENCES, reference
 from retensor.data.sets import Split, breast_cancer, digits, mnist5k, photographs, wine
 from retensor.data.text import minilm, sentences
-from retensor.data.training import accuracy, fit, seeded
+from retensor.data.training import accuracy, evaluating, fit, seeded
 
 __all__ = [
     "REFERENCES",

@@ -21,14 +21,14 @@ from retensor.errors import RetensorError
 class DigitsCNN(nn.Module):
     """A residual network for 8x8 digits: a convolution to 16 channels, a block 16 -> ``inner`` -> 16, and a classifier.
 
-    Batch normalisation follows each convolution.
+    Batch normalisation follows each convolution, or nothing does where ``norm`` is False.
     """
 
-    def __init__(self, inner: int = 32) -> None:
+    def __init__(self, inner: int = 32, norm: bool = True) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(1, 16, 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(16)
-        self.block = ResidualBlock(16, inner)
+        self.conv = nn.Conv2d(1, 16, 3, padding=1, bias=not norm)
+        self.bn = nn.BatchNorm2d(16) if norm else nn.Identity()
+        self.block = ResidualBlock(16, inner, norm)
         self.head = nn.Linear(16 * 4, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -41,12 +41,12 @@ class DigitsCNN(nn.Module):
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions, ``channels`` -> ``inner`` -> ``channels``, beside the identity."""
 
-    def __init__(self, channels: int, inner: int) -> None:
+    def __init__(self, channels: int, inner: int, norm: bool = True) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, inner, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(inner)
-        self.conv2 = nn.Conv2d(inner, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv1 = nn.Conv2d(channels, inner, 3, padding=1, bias=not norm)
+        self.bn1 = nn.BatchNorm2d(inner) if norm else nn.Identity()
+        self.conv2 = nn.Conv2d(inner, channels, 3, padding=1, bias=not norm)
+        self.bn2 = nn.BatchNorm2d(channels) if norm else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Of the same shape as ``x``."""
@@ -55,13 +55,25 @@ class ResidualBlock(nn.Module):
 
 
 def digits_vit(width: int = 48, depth: int = 3, *, img_size: int = 8, patch_size: int = 2) -> nn.Module:
-    """A vision transformer of timm's for 8x8 digits, untrained: 4 heads, patches of 2x2."""
+    """A vision transformer of timm's for 8x8 digits, untrained: 4 heads, patches of 2x2.
+
+    Its linear layers begin by their number of inputs, as torch's do: timm's standard deviation of 0.02 is meant for
+    hundreds of channels, and leaves so narrow a network with trained weights of nearly low rank.
+    """
     from timm.models.vision_transformer import VisionTransformer
 
     model: nn.Module = VisionTransformer(
         img_size=img_size, patch_size=patch_size, in_chans=1, num_classes=10, embed_dim=width, depth=depth, num_heads=4
     )
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
     return model
+
+
+def digits_cnn_plain() -> nn.Module:
+    """:class:`DigitsCNN` without batch normalisation, untrained."""
+    return DigitsCNN(norm=False)
 
 
 def digits_mlp(width: int = 128) -> nn.Module:
@@ -94,8 +106,9 @@ class Recipe:
 
 
 REFERENCES = {
-    "digits-vit": Recipe(digits_vit, digits, steps=600),
+    "digits-vit": Recipe(digits_vit, digits, steps=1000),
     "digits-cnn": Recipe(DigitsCNN, digits, steps=400),
+    "digits-cnn-plain": Recipe(digits_cnn_plain, digits, steps=400),
     "digits-mlp": Recipe(digits_mlp, digits, steps=400),
     "mnist-cnn": Recipe(mnist_cnn, mnist5k, steps=400),
 }

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from retensor.graph.modes import evaluating
+
 Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 Schedule = Literal["onecycle", "cosine", "constant"]
 
@@ -121,10 +123,8 @@ def accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor, *, batch: int =
     """
     if y.ndim != 1 or len(x) != len(y) or not len(x):
         raise ValueError(f"{len(x)} inputs need one class each, a tensor of shape [{len(x)}], not {list(y.shape)}")
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        right = 0
+    right = 0
+    with evaluating(model):
         for a, b in zip(x.split(batch), y.split(batch), strict=True):
             told = model(a).argmax(-1)
             if told.shape != b.shape:
@@ -132,9 +132,6 @@ def accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor, *, batch: int =
                     f"the model gives classes of shape {list(told.shape)} for {len(b)} inputs; one each is needed"
                 )
             right += int((told == b).sum())
-    finally:
-        for module in training:
-            module.training = True
     return right / len(x)
 
 

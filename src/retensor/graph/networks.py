@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from retensor.errors import GraphError, MissingExtraError
 from retensor.graph import searched
+from retensor.graph.modes import evaluating
 from retensor.graph.structure import LARGEST_TENSOR
 
 if TYPE_CHECKING:
@@ -207,24 +208,20 @@ def module_arguments(
 
 
 @contextlib.contextmanager
-def _evaluating(module: torch.nn.Module) -> Iterator[None]:
+def _exporting(module: torch.nn.Module) -> Iterator[None]:
     """``module`` in eval mode, without gradients and without fused transformer layers; as it was afterwards."""
     import torch
 
-    modes = [(part, part.training) for part in module.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
-        module.eval()
         # The fast path turns a whole encoder layer into one opaque operator that no accelerator has.
         torch.backends.mha.set_fastpath_enabled(False)
         # Where it fails, torch prints the program so far, besides raising an error.
-        with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        with evaluating(module), torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for part, training in modes:
-            part.training = training
 
 
 def export(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
@@ -237,7 +234,7 @@ def export(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     """
     import torch
 
-    with _evaluating(module):
+    with _exporting(module):
         try:
             return torch.export.export(module, args, kwargs)
         except Exception as error:

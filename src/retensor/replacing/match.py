@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -49,7 +50,17 @@ def exactly(name: str) -> Pattern:
     >>> matching(nn.ModuleDict({"a[1]": nn.ReLU(), "a1": nn.ReLU()}), exactly("a[1]"))
     ['a[1]']
     """
-    return lambda other, _: other == name
+    return Exactly(name)
+
+
+@dataclass(frozen=True)
+class Exactly:
+    """Means the layer of one name."""
+
+    name: str
+
+    def __call__(self, name: str, module: nn.Module) -> bool:
+        return name == self.name
 
 
 def meaning(pattern: Any) -> Callable[[str, nn.Module], bool]:

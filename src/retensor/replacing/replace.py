@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from retensor.files import described
-from retensor.replacing.match import Pattern, meaning, shown, suggestions
+from retensor.replacing.match import Exactly, Pattern, meaning, shown, suggestions
 
 Maker: TypeAlias = "nn.Module | Callable[[nn.Module], nn.Module | None]"
 """A module, which is copied into every place, or a function (or class) of the layer that makes what to put there."""
@@ -208,13 +208,24 @@ def _choose(
     patterns: list[tuple[Pattern, Callable[[str, nn.Module], bool], Maker]] = [
         (pattern, meaning(pattern), maker) for pattern, maker in replacements.items()
     ]
+    # Thousands of layers may be named one by one: those patterns are looked up, not tried.
+    exact: dict[str, list[int]] = {}
+    tried: list[tuple[int, Callable[[str, nn.Module], bool]]] = []
+    for i, (pattern, meant, _) in enumerate(patterns):
+        if isinstance(pattern, Exactly):
+            exact.setdefault(pattern.name, []).append(i)
+        else:
+            tried.append((i, meant))
     used: set[int] = set()
     chosen: dict[int, Maker] = {}
     made: dict[int, nn.Module] = {}
     inside: dict[int, str] = {}
     # Names come outermost first.
     for key, module in modules.items():
-        matched = [i for i, (_, meant, _) in enumerate(patterns) if any(meant(name, module) for name in names[key])]
+        matched = sorted(
+            {i for name in names[key] for i in exact.get(name, ())}
+            | {i for i, meant in tried if any(meant(name, module) for name in names[key])}
+        )
         if key in inside:
             continue
         used.update(matched)

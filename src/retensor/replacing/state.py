@@ -123,7 +123,7 @@ def load(path: str | os.PathLike[str], base: nn.Module | None = None) -> nn.Modu
             raise RetensorError(f"'{shown}' ties '{brief(name)}' to '{brief(kept)}', which it does not hold")
         tensors[name] = tensors[kept]
     model = _rebuilt(base, header, tensors, shown)
-    _compare(tensors, model.state_dict(keep_vars=True), shown)
+    compare(tensors, model.state_dict(keep_vars=True), shown)
     model.load_state_dict(tensors)
     _tie(model, header["tied"])
     for module in model.modules():
@@ -288,7 +288,7 @@ def _module(
         # Without memory first: a small file may describe a module that no memory would hold.
         with torch.device("meta"):
             sketch = kind.from_config(entry["config"])
-        _compare(
+        compare(
             {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)},
             {prefix + name: tensor for name, tensor in sketch.state_dict(keep_vars=True).items()},
             shown,
@@ -308,9 +308,10 @@ def _tie(model: nn.Module, tied: Mapping[str, str]) -> None:
             owner._parameters[leaf] = source._parameters[label]
 
 
-def _compare(
+def compare(
     theirs: Mapping[str, torch.Tensor], ours: Mapping[str, torch.Tensor], shown: str, values: bool = True
 ) -> None:
+    """Refuse tensors of a file that are not a model's by name, shape and kind of number, in a sentence."""
     strange = [name for name in theirs if name not in ours]
     absent = [name for name in ours if name not in theirs]
     if strange or absent:
