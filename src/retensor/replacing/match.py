@@ -60,6 +60,7 @@ class Exactly:
     name: str
 
     def __call__(self, name: str, module: nn.Module) -> bool:
+        """Whether it is this one."""
         return name == self.name
 
 
