@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from retensor import compression, costing, data, errors, graph, planning, replacing, systems
+    from retensor import compression, costing, data, errors, graph, planning, quantizing, replacing, systems
     from retensor.costing.compare import compare
     from retensor.costing.price import cost
     from retensor.costing.sheet import CostSheet
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from retensor.planning.plan import Accelerator
     from retensor.replacing import fold, load, replace, save
 
-_MODULES = ("compression", "costing", "data", "errors", "graph", "planning", "replacing", "systems")
+_MODULES = ("compression", "costing", "data", "errors", "graph", "planning", "quantizing", "replacing", "systems")
 _NAMES = {
     "Accelerator": "retensor.planning.plan",
     "CostSheet": "retensor.costing",
@@ -63,6 +63,7 @@ __all__ = [
     "load",
     "plan",
     "planning",
+    "quantizing",
     "replace",
     "replacing",
     "save",

@@ -1,0 +1,37 @@
+"""Numbers of few bits: grids of values, rounding onto them, blocks with a scale, and codes packed bit for bit.
+
+What every system of few-bit tensors stands on. A :class:`~retensor.quantizing.grids.Grid` is the list of the numbers
+that its codes stand for; everything else follows from it.
+"""
+
+try:
+    import torch as _torch  # noqa: F401
+except ImportError as error:
+    from retensor.errors import MissingExtraError
+
+    raise MissingExtraError("tensors of few bits", "torch") from error
+
+from retensor.quantizing.affine import Affine, AffineTensor
+from retensor.quantizing.blocks import Blocks, BlockTensor
+from retensor.quantizing.grids import GRIDS, Grid, codebook, floating, integers, logarithmic, powers_of_two
+from retensor.quantizing.packing import pack, packed_bytes, unpack
+from retensor.quantizing.rounding import ESTIMATORS, rounded
+
+__all__ = [
+    "ESTIMATORS",
+    "GRIDS",
+    "Affine",
+    "AffineTensor",
+    "BlockTensor",
+    "Blocks",
+    "Grid",
+    "codebook",
+    "floating",
+    "integers",
+    "logarithmic",
+    "pack",
+    "packed_bytes",
+    "powers_of_two",
+    "rounded",
+    "unpack",
+]

@@ -1,0 +1,208 @@
+"""Blocks of numbers that share a scale: microscaling formats of any element and scale.
+
+A block of ``B`` numbers along one axis is ``s_q`` times codes of an element grid, ``s_q`` a code of a scale grid:
+
+    s = max |x| / largest element,  s_q = s_T Q_s(s / s_T),  x' = s_q Q(x / s_q)
+
+with ``s_T``, one float32 for the whole tensor, 1 where tensor scaling is off. MX (OCP Microscaling Formats 1.0, 2023)
+is E8M0 with blocks of 32, NVFP4 is E4M3 with blocks of 16 and tensor scaling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.nn import functional
+
+from retensor.files import described
+from retensor.quantizing.grids import GRIDS, Grid, Rounding
+from retensor.quantizing.packing import packed_bytes
+
+ScaleRule = Literal["nearest", "floor", "ceil", "even"]
+_RULES = ("nearest", "floor", "ceil", "even")
+
+
+@dataclass(frozen=True)
+class BlockTensor:
+    """Codes of a tensor in blocks.
+
+    Attributes
+    ----------
+    codes : torch.Tensor
+        uint8, of the tensor's shape with the blocked axis last and padded to whole blocks.
+    scales : torch.Tensor
+        uint8 codes, one for each block along the last axis.
+    tensor_scale : torch.Tensor
+        float32, of no dimension; 1 where there is none.
+    format : Blocks
+    dim, length : int
+        The axis that was blocked, and its length before padding.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    tensor_scale: torch.Tensor
+    format: Blocks
+    dim: int
+    length: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes, packed, of the scales, and of the tensor's scale."""
+        block = self.format
+        element, scale = packed_bytes(self.codes.numel(), block.element.bits), self.scales.numel()
+        return element + packed_bytes(scale, block.scale.bits) + 4 * block.tensor_scale
+
+    def decode(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The numbers, of the shape that was encoded; NaN in blocks whose scale is."""
+        block = self.format
+        elements = block.element.decode(self.codes).unflatten(-1, (-1, block.size))
+        scales = block.scale.decode(self.scales) * self.tensor_scale
+        out = (elements * scales[..., None]).flatten(-2)[..., : self.length]
+        return out.movedim(-1, self.dim).to(dtype)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A format of blocks.
+
+    Parameters
+    ----------
+    element, scale : Grid or str
+        Or the name of one (:data:`retensor.quantizing.GRIDS`).
+    size : int
+        Numbers in a block.
+    rule : {"nearest", "floor", "ceil", "even"}
+        How a scale is rounded: to the nearest of its grid; or, for E8M0, by the exponent of the largest number as the
+        MX specification does (``floor``, after which the largest may saturate), to the next power of two that keeps the
+        largest (``ceil``), or by the exponent of the largest number rounded to the element's precision (``even``).
+    tensor_scale : bool
+        Whether a float32 for the whole tensor brings the largest scale to the scale grid's largest value.
+
+    Raises
+    ------
+    ValueError
+        Where no grid has that name, a rule does not fit the scale, or the size is none.
+
+    Examples
+    --------
+    >>> mx = Blocks("e2m1", "e8m0", 32, rule="floor")
+    >>> kept = mx.encode(torch.tensor([[1.0, 2.0, -7.0, 0.1]]))
+    >>> kept.decode(), kept.nbytes
+    (tensor([[ 1.,  2., -6.,  0.]]), 17)
+    """
+
+    element: Grid
+    scale: Grid
+    size: int
+    rule: ScaleRule = "nearest"
+    tensor_scale: bool = False
+
+    def __init__(
+        self,
+        element: Grid | str = "e2m1",
+        scale: Grid | str = "e4m3",
+        size: int = 16,
+        rule: ScaleRule = "nearest",
+        tensor_scale: bool = False,
+    ) -> None:
+        object.__setattr__(self, "element", _grid(element, "element"))
+        object.__setattr__(self, "scale", _grid(scale, "scale"))
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"a block has at least one number, not {described(size)}")
+        if rule not in _RULES:
+            raise ValueError(f"rule is {described(rule)}; it is one of {', '.join(_RULES)}")
+        if rule != "nearest" and self.scale.name != "e8m0":
+            raise ValueError(f"the rule '{rule}' is for scales that are powers of two (e8m0), not {self.scale.name}")
+        object.__setattr__(self, "size", size)
+        object.__setattr__(self, "rule", rule)
+        object.__setattr__(self, "tensor_scale", bool(tensor_scale))
+
+    def encode(
+        self,
+        x: torch.Tensor,
+        dim: int = -1,
+        rounding: Rounding = "nearest",
+        generator: torch.Generator | None = None,
+    ) -> BlockTensor:
+        """A tensor in blocks along one axis; the last block is filled up with zeros.
+
+        Parameters
+        ----------
+        x : torch.Tensor
+            Floating point, of at least one axis.
+        dim : int
+        rounding, generator
+            Of the elements, see :meth:`Grid.encode`; scales are always rounded to the nearest or by the rule.
+
+        Returns
+        -------
+        BlockTensor
+            A block with NaN or infinity in it has the scale NaN where the scale grid has one.
+
+        Raises
+        ------
+        TypeError
+            Where ``x`` is not floating point.
+        ValueError
+            Where it has no such axis.
+        """
+        if not x.is_floating_point():
+            raise TypeError(f"numbers of floating point are put in blocks, not of {x.dtype}")
+        if x.ndim == 0 or not -x.ndim <= dim < x.ndim:
+            raise ValueError(f"axis {dim} of a tensor of shape {list(x.shape)} was asked for; it has {x.ndim}")
+        length = x.shape[dim]
+        blocks = functional.pad(x.detach().movedim(dim, -1).to(torch.float32), (0, -length % self.size))
+        blocks = blocks.unflatten(-1, (-1, self.size))
+        most = blocks.abs().amax(-1)
+        wanted = most / self.element.largest
+        tensor_scale = torch.ones((), device=x.device)
+        if self.tensor_scale:
+            # Blocks with infinity do not decide for the others.
+            finite = torch.where(torch.isfinite(wanted), wanted, torch.zeros_like(wanted))
+            largest = finite.amax() if finite.numel() else torch.zeros((), device=x.device)
+            tensor_scale = torch.where(largest > 0, largest / self.scale.largest, tensor_scale)
+        scales = self._scales(most, wanted / tensor_scale)
+        size = self.scale.decode(scales) * tensor_scale
+        ratio = torch.where(size[..., None] > 0, blocks / size[..., None], torch.zeros_like(blocks))
+        codes = self.element.encode(torch.nan_to_num(ratio), rounding, generator)
+        return BlockTensor(codes.flatten(-2), scales, tensor_scale, self, dim % x.ndim, length)
+
+    def _scales(self, most: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """Codes of the scales, by the rule."""
+        bad = ~torch.isfinite(most)
+        if self.rule == "nearest":
+            codes = self.scale.encode(wanted)
+        else:
+            # By the bits of the numbers: log2 in floating point is wrong beside powers of two.
+            mantissa, exponent = torch.frexp(most)
+            top = int(torch.frexp(torch.tensor(self.element.largest)).exponent)
+            if self.rule == "floor":
+                power = exponent - top
+            elif self.rule == "ceil":
+                mantissa, exponent = torch.frexp(wanted)
+                power = torch.where(mantissa == 0.5, exponent - 1, exponent)
+            else:
+                # Up where the mantissa, rounded to the element's precision, reaches the next power of two.
+                last = _mantissa_bits(self.element)
+                power = exponent - top + (mantissa >= 1 - 2.0 ** -(last + 2)).to(exponent.dtype)
+            codes = (power + 127).clamp(0, 254).to(torch.uint8)
+            codes = torch.where(most == 0, torch.zeros_like(codes), codes)
+        if self.scale.not_a_number is not None:
+            codes = torch.where(bad, torch.full_like(codes, self.scale.not_a_number), codes)
+        return codes
+
+
+def _mantissa_bits(grid: Grid) -> int:
+    """How many values lie from 1 to 2, as bits."""
+    return (sum(1.0 <= value < 2.0 for value in grid.values) - 1).bit_length()
+
+
+def _grid(given: Grid | str, what: str) -> Grid:
+    if isinstance(given, Grid):
+        return given
+    if given in GRIDS:
+        return GRIDS[given]
+    raise ValueError(f"the {what} format is {described(given)}; formats are {', '.join(GRIDS)}, or give a Grid")

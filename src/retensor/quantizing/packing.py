@@ -1,0 +1,87 @@
+"""Codes of a few bits as bytes, without a bit between them, and back."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from retensor.files import described
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes that ``count`` codes of ``bits`` bits take: all their bits, rounded up once.
+
+    >>> packed_bytes(5, 3)
+    2
+    """
+    return -(-count * bits // 8)
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes as one run of bits, the lowest first.
+
+    Parameters
+    ----------
+    codes : torch.Tensor
+        uint8, of any shape, each below ``2**bits``.
+    bits : int
+        1 to 8.
+
+    Returns
+    -------
+    torch.Tensor
+        uint8, of :func:`packed_bytes` elements; bits left over in the last are 0.
+
+    Raises
+    ------
+    TypeError
+        Where codes are not uint8.
+    ValueError
+        Where a code has more bits, or ``bits`` is out of range.
+
+    Examples
+    --------
+    >>> pack(torch.tensor([1, 2, 3], dtype=torch.uint8), 4)
+    tensor([33,  3], dtype=torch.uint8)
+    """
+    _check(codes, bits)
+    if codes.numel() and int(codes.max()) >> bits:
+        raise ValueError(f"a code is {int(codes.max())}, which has more than {bits} bits")
+    flat = codes.detach().cpu().contiguous().numpy().reshape(-1, 1)
+    single = np.unpackbits(flat, axis=1, count=bits, bitorder="little")
+    return torch.from_numpy(np.packbits(single.reshape(-1), bitorder="little")).to(codes.device)
+
+
+def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """The ``count`` codes that :func:`pack` packed, as a vector.
+
+    Raises
+    ------
+    TypeError
+        Where the bytes are not uint8.
+    ValueError
+        Where there are more or fewer bytes than the codes take, or a bit left over is set.
+
+    Examples
+    --------
+    >>> unpack(torch.tensor([33, 3], dtype=torch.uint8), 4, 3)
+    tensor([1, 2, 3], dtype=torch.uint8)
+    """
+    _check(packed, bits)
+    if packed.numel() != packed_bytes(count, bits):
+        raise ValueError(
+            f"{count} codes of {bits} bits take {packed_bytes(count, bits)} bytes, and there are {packed.numel()}"
+        )
+    single = np.unpackbits(packed.detach().cpu().contiguous().numpy().reshape(-1), bitorder="little")
+    if single[count * bits :].any():
+        raise ValueError(f"the last byte holds bits beyond {count} codes of {bits} bits")
+    codes = np.packbits(single[: count * bits].reshape(count, bits), axis=1, bitorder="little")
+    return torch.from_numpy(codes.reshape(-1)).to(packed.device)
+
+
+def _check(codes: torch.Tensor, bits: int) -> None:
+    if not isinstance(codes, torch.Tensor) or codes.dtype != torch.uint8:
+        what = codes.dtype if isinstance(codes, torch.Tensor) else described(codes)
+        raise TypeError(f"codes and bytes are tensors of type torch.uint8, not {what}")
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
+        raise ValueError(f"bits is a number from 1 to 8, not {described(bits)}")
