@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
+from benchmarks.weight_compander_trainings import BASE, COLLAPSE, MLP, PAIRS, SEEDS, Arm, digits, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -16,6 +19,7 @@ from torch.nn.utils import parametrize
 from retensor import data
 from retensor.compression import weight_compander as wc
 from retensor.compression.weight_compander.function import PART
+from retensor.compression.weight_compander.reports import kurtosis
 
 POSITIVE = st.floats(0.01, 100)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -128,11 +132,16 @@ def test_large_tensors_are_worked_on_in_parts_as_whole(size: int) -> None:
         w = wc.psi(latent, a, b)
         w.backward(g)
         results.append((w.detach(), latent.grad, a.grad.double().sum(), b.grad.double().sum()))
-    # Elementwise, parts are bit-equal to the whole; sums are over other pieces.
+    # Elementwise, parts are bit-equal to the whole.
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
-    for i in (2, 3):
-        torch.testing.assert_close(results[0][i], results[1][i], rtol=1e-3, atol=1e-2)
+    exact = [torch.tensor(x.item(), dtype=torch.float64, requires_grad=True) for x in pair]
+    (exact[0] * torch.atan(v.double() / exact[1])).backward(g.double())
+    for sums in results:
+        for found, reference in zip(sums[2:], exact, strict=True):
+            # Sums of at most 400,000 float32 terms of size 1 to 4, in pieces; one left out would be about 0.6.
+            assert abs(found.item() - reference.grad.item()) < 5e-3
+    assert (g * torch.atan(v / 0.2)).abs().median() > 0.1
 
 
 def test_backward_keeps_the_latent_tensor_and_nothing_of_its_size() -> None:
@@ -217,10 +226,75 @@ def test_a_and_b_must_be_finite_numbers_above_zero(name: str, bad: float) -> Non
         wc.WeightCompander(dtype=torch.float16)
 
 
-def test_latents_that_are_no_real_floats_are_refused() -> None:
-    for dtype in (torch.int64, torch.complex64):
-        with pytest.raises(TypeError, match=f"real floating-point numbers, not {dtype}"):
-            wc.psi(torch.ones(2, dtype=dtype), 0.3, 0.2)
+@pytest.mark.parametrize("function", [wc.psi, wc.psi_inverse, wc.psi_slope])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.float8_e4m3fn])
+def test_what_is_no_real_float_is_refused(function: Callable[..., torch.Tensor], dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=f"real floating-point numbers of 16 to 64 bits, not {dtype}"):
+        function(torch.zeros(2, dtype=dtype), 0.3, 0.2)
+
+
+@pytest.mark.parametrize("pair", [(1e-23, 1e-23), (1e20, 1e20), (300.0, 300.0)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("learn", [False, True])
+def test_gradients_of_extreme_pairs_are_those_of_float64(
+    pair: tuple[float, float], dtype: torch.dtype, learn: bool
+) -> None:
+    v = torch.tensor([0.0, 1e-3, -0.1, 2.0]).to(dtype)
+    a, b = (torch.tensor(x, requires_grad=learn) for x in pair)
+    latent, exact = v.clone().requires_grad_(), v.double().requires_grad_()
+    wc.psi(latent, a, b).sum().backward()
+    (a.item() * torch.atan(exact / b.item())).sum().backward()
+    for grad in (latent.grad, a.grad, b.grad) if learn else (latent.grad,):
+        assert bool(grad.isfinite().all())
+    eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(latent.grad.double(), exact.grad, rtol=8 * eps, atol=torch.finfo(dtype).tiny)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_pairs_stay_in_float32_when_the_model_is_cast(dtype: torch.dtype) -> None:
+    fixed = wc.apply(mlp(), 300.0, 300.0).to(dtype)
+    fixed(torch.randn(4, 64).to(dtype)).float().square().sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in fixed.parameters())
+    model = wc.apply(mlp(), learn=True).to(dtype)
+    pairs = [module for module in model.modules() if isinstance(module, wc.WeightCompander)]
+    assert {tensor.dtype for step in pairs for tensor in (step.a, step.b, step.shift_a)} == {torch.float32}
+    assert model[1].weight.dtype == dtype
+    optimizer = torch.optim.SGD(wc.param_groups(model, 1e-3), momentum=0.9)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(4, 64, dtype=dtype)).float().square().sum().backward()
+        optimizer.step()
+    # Far below what a step at 0.3 is in a half type.
+    assert all(0 < abs(step.a.item() - step.a0.item()) < 1e-3 for step in pairs)
+    assert wc.apply(mlp()).double()[1].parametrizations.weight[0].a.dtype == torch.float64
+
+
+def test_a_step_on_a_learned_pair_moves_it_as_a_step_on_the_pair_itself() -> None:
+    generator = torch.Generator().manual_seed(0)
+    v, g = (torch.randn(6, 4, dtype=torch.float64, generator=generator) for _ in range(2))
+    pair = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.3, 0.2)]
+    wc.psi(v, *pair).backward(g)
+    step = wc.WeightCompander(0.3, 0.2, learn=True, dtype=torch.float64)
+    step(v).backward(g)
+    rate = 1e-6
+    with torch.no_grad():
+        for p in step.parameters():
+            p -= rate * p.grad
+    for moved, p in zip((step.a, step.b), pair, strict=True):
+        # To first order: the exponential adds half the square of a relative step.
+        size = rate * p.grad.item()
+        assert moved.item() - p.item() == pytest.approx(-size, abs=size**2 / p.item() + 1e-16)
+    with torch.no_grad():
+        for p in step.parameters():
+            p -= 10
+    assert step.a > 0
+    assert step.b > 0
+
+
+def test_numbers_that_float32_takes_for_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"a is 1e-60; all of it are finite numbers above zero in torch\.float32"):
+        wc.WeightCompander(1e-60, 0.2)
+    wc.WeightCompander(1e-60, 0.2, dtype=torch.float64)
 
 
 def test_weights_at_the_cap_have_no_latent() -> None:
@@ -229,7 +303,7 @@ def test_weights_at_the_cap_have_no_latent() -> None:
 
 
 def trained(model: nn.Module, steps: int, *, lr: float = 0.05, decay: float = 5e-4, seed: int = 0) -> nn.Module:
-    split = data.digits(test=1696.5 / 1797, seed=seed)
+    split = digits(seed)
     optimizer = torch.optim.SGD(wc.param_groups(model, lr, decay), momentum=0.9)
     data.fit(model, split.x, split.y, steps=steps, batch=50, optimizer=optimizer, schedule="cosine", seed=seed)
     return model
@@ -280,12 +354,14 @@ def test_the_optimiser_holds_latents_and_decay_acts_on_them() -> None:
     torch.testing.assert_close(latent.detach(), before * (1 - 0.1 * 0.5))
 
 
-def test_training_keeps_the_bound_and_spreads_the_weights() -> None:
-    plain, companded = mlp(), wc.apply(mlp(), 0.3, 0.2)
+@pytest.mark.parametrize("init", ["preserve", "latent"])
+def test_training_keeps_the_bound_and_spreads_the_weights(init: Literal["preserve", "latent"]) -> None:
+    """From the plain network's own weights, so that it is the function that does it; and from companded ones."""
+    plain, companded = mlp(), wc.apply(mlp(), 0.3, 0.2, init=init)
     cap = wc.report(companded)["1.weight"].cap
     assert cap == pytest.approx(0.3 * math.pi / 2, rel=1e-6)
     largest = []
-    split = data.digits(test=1696.5 / 1797)
+    split = digits(0)
     optimizer = torch.optim.SGD(wc.param_groups(companded, 0.05, 5e-4), momentum=0.9)
     data.fit(
         companded, split.x, split.y, steps=300, batch=50, optimizer=optimizer, schedule="cosine",
@@ -293,22 +369,21 @@ def test_training_keeps_the_bound_and_spreads_the_weights() -> None:
     )  # fmt: skip
     assert max(largest) <= cap
     trained(plain, 300)
-    weights = {name: torch.cat([net[i].weight.detach().flatten() for i in (1, 3)]) for name, net in
-               (("plain", plain), ("companded", wc.bake(companded)))}  # fmt: skip
-    kurtosis = {name: ((w - w.mean()) ** 4).mean() / w.var() ** 2 for name, w in weights.items()}
-    near = {name: (w.abs() < 0.01).float().mean() for name, w in weights.items()}
-    assert weights["companded"].abs().max() < weights["plain"].abs().max()
-    assert kurtosis["companded"] < 0.7 * kurtosis["plain"]
-    assert near["companded"] < near["plain"]
+    ours, theirs = (
+        torch.cat([net[i].weight.detach().flatten() for i in (1, 3)]) for net in (wc.bake(companded), plain)
+    )
+    assert ours.abs().max() < theirs.abs().max()
+    assert kurtosis(ours) < 0.7 * kurtosis(theirs)
+    assert (ours.abs() < 0.01).float().mean() < (theirs.abs() < 0.01).float().mean()
     assert data.accuracy(companded, split.x_test, split.y_test) > 0.8
 
 
 @pytest.mark.parametrize("granularity", ["global", "layer", "channel"])
 def test_learned_pairs_move_stay_positive_and_do_not_collapse(granularity: str) -> None:
-    split = data.digits(test=1696.5 / 1797, seed=1)
+    split = digits(1)
     model = trained(wc.apply(mlp(), 0.3, 0.2, learn=True, granularity=granularity), 200, seed=1)
     steps = [module for module in model.modules() if isinstance(module, wc.WeightCompander)]
-    assert len({id(step.log_a) for step in steps}) == (1 if granularity == "global" else 2)
+    assert len({id(step.shift_a) for step in steps}) == (1 if granularity == "global" else 2)
     for step in steps:
         assert step.a.shape == step.b.shape
         assert bool((step.a > 0).all())
@@ -317,6 +392,18 @@ def test_learned_pairs_move_stay_positive_and_do_not_collapse(granularity: str) 
         assert bool(((step.b - 0.2).abs() > 1e-6).any())
         assert bool(((step.a - 0.3).abs() < 0.2).all())
     assert data.accuracy(model, split.x_test, split.y_test) > 0.7
+
+
+@pytest.mark.slow
+def test_no_seed_of_sixteen_collapses_while_a_rises_and_b_falls() -> None:
+    arm = Arm("learned", PAIRS[0], learn=True)
+    assert len(SEEDS) == 16
+    for seed in SEEDS:
+        found = train(MLP, arm, seed)
+        assert found.accuracy >= train(MLP, BASE, seed).accuracy - COLLAPSE
+        # The brief's figures: (0.30, 0.20) becomes about (0.32, 0.17).
+        assert found.a > 0.31
+        assert found.b < 0.19
 
 
 def test_a_weight_used_many_times_can_be_cached() -> None:

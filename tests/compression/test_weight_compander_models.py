@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import math
 import pickle
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.ao.nn import quantized
+from torch.ao.nn.intrinsic import quantized as intrinsic
+from torch.ao.nn.quantized import dynamic, reference
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -194,6 +200,26 @@ def test_assigned_weights_are_reached_through_their_latents() -> None:
         model.weight = torch.ones(2, 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("a", [0.3, 0.5, 0.7, 1.0, 3.3])
+def test_saturated_weights_can_be_assigned_back(a: float, dtype: torch.dtype) -> None:
+    model = wc.apply(nn.Linear(3, 1, dtype=dtype), a, 0.2)
+    with torch.no_grad():
+        model.parametrizations.weight.original.copy_(torch.tensor([[6e4, -6e4, 0.1]]))
+        if dtype != torch.float16:
+            model.parametrizations.weight.original.mul_(torch.tensor([[1e18, 1e18, 1.0]]))
+    weight = model.weight.detach().clone()
+    # Rounding may take a weight to the cap, and one step past it, no further.
+    assert weight.abs().max().item() <= model.parametrizations.weight[0].cap.item() * (1 + torch.finfo(dtype).eps)
+    model.weight = weight
+    torch.testing.assert_close(model.weight, weight, rtol=torch.finfo(dtype).eps, atol=0)
+    assert torch.equal(model.weight[:, :2], weight[:, :2])
+    with pytest.raises(ValueError, match="are no values of a function"):
+        model.weight = weight * (1 + 4 * torch.finfo(dtype).eps)
+    with pytest.raises(ValueError, match="are no values of a function"):
+        wc.psi_inverse(torch.tensor([a * math.pi / 2], dtype=torch.float64), a, 0.2)
+
+
 def test_tied_weights_have_one_parametrization_that_all_owners_see() -> None:
     tied = TiedLM()
     done = wc.apply(tied, learn=True)
@@ -227,17 +253,33 @@ def test_frozen_weights_stay_frozen_with_their_pair() -> None:
     assert all(p.requires_grad for p in done[4].parameters())
 
 
+@pytest.mark.parametrize("frozen", [0, 4, 7])
+def test_frozen_weights_stay_while_a_pair_of_all_others_learns(frozen: int) -> None:
+    model = ready()
+    model[frozen].requires_grad_(False)
+    done = wc.apply(model, learn=True, granularity="global")
+    steps = {i: done[i].parametrizations.weight[0] for i in (0, 4, 7)}
+    assert len({id(step.shift_a) for step in steps.values()}) == 2
+    before = {i: done[i].weight.detach().clone() for i in steps}
+    optimizer = torch.optim.SGD(wc.param_groups(done, lr=0.1, lr_scale=1.0))
+    done(torch.randn(3, 1, 8, 8)).square().mean().backward()
+    optimizer.step()
+    for i, step in steps.items():
+        assert torch.equal(done[i].weight, before[i]) is (i == frozen)
+        assert (step.a.item() == step.a0.item()) is (i == frozen)
+
+
 def test_parameter_groups_hold_all_that_is_trained_once() -> None:
     done = wc.apply(ready(), learn=True)
     weights, pairs = wc.param_groups(done, lr=0.05, weight_decay=5e-4)
     assert (weights["lr"], weights["weight_decay"]) == (0.05, 5e-4)
     assert (pairs["lr"], pairs["weight_decay"]) == (pytest.approx(5e-5), 0.0)
-    assert {id(p) for p in pairs["params"]} == {id(p) for n, p in done.named_parameters() if "log_" in n}
+    assert {id(p) for p in pairs["params"]} == {id(p) for n, p in done.named_parameters() if "shift_" in n}
     assert len(weights["params"]) + len(pairs["params"]) == len(list(done.parameters()))
     assert len(wc.param_groups(wc.apply(ready()), lr=0.05)) == 1
-    for bad in ({"lr": -1.0}, {"lr": 0.1, "weight_decay": -1.0}, {"lr": 0.1, "lr_scale": math.nan}):
-        with pytest.raises(ValueError, match="it is a number of at least zero"):
-            wc.param_groups(done, **bad)
+    for name, bad in itertools.product(("lr", "weight_decay", "lr_scale"), (-1.0, math.nan, math.inf, "x", True)):
+        with pytest.raises(ValueError, match=f"{name} is .*; it is a finite number of at least zero"):
+            wc.param_groups(done, **{"lr": 0.1, name: bad})
 
 
 def test_report_has_the_statistics_of_the_weights() -> None:
@@ -267,9 +309,49 @@ def test_latents_that_are_no_number_are_reported_by_name() -> None:
     assert found.not_finite == ("4.weight",)
     assert found["4.weight"].not_finite == 2
     assert math.isfinite(found["4.weight"].kurtosis)
-    assert "4.weight: 2 latent weights are no finite number" in str(found)
+    assert "4.weight: 2 of its latent weights, a and b are no finite number" in str(found)
     with pytest.raises(KeyError, match=r"no companded tensor is named '5\.weight'"):
         found["5.weight"]
+
+
+@pytest.mark.parametrize("name", ["a0", "b0", "shift_a", "shift_b"])
+def test_pairs_that_are_no_number_are_reported_by_name(name: str) -> None:
+    done = wc.apply(ready(), learn=True, granularity="channel")
+    with torch.no_grad():
+        getattr(done[4].parametrizations.weight[0], name)[1] = math.nan
+    found = wc.report(done)
+    assert found.not_finite == ("4.weight",)
+    assert found["4.weight"].not_finite == 1
+    assert math.isfinite(found["4.weight"].kurtosis)
+
+
+def test_report_is_of_the_compander_among_other_parametrizations() -> None:
+    v = torch.tensor([[0.1, -0.4], [0.2, 1.0]])
+
+    class Doubled(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+    def layer(*steps: nn.Module) -> wc.LayerReport:
+        model = nn.Linear(2, 2)
+        with torch.no_grad():
+            model.weight.copy_(v)
+        for step in steps:
+            parametrize.register_parametrization(model, "weight", step, unsafe=True)
+        (found,) = wc.report(nn.Sequential(model)).layers
+        return found
+
+    alone = layer(wc.WeightCompander())
+    assert layer(nn.Identity(), wc.WeightCompander()) == alone
+    assert layer(wc.WeightCompander(), Doubled()) == alone
+    assert layer(Doubled(), wc.WeightCompander()).largest == pytest.approx(0.3 * math.atan(2 / 0.2))
+    normed = weight_norm(nn.Linear(2, 2))
+    with torch.no_grad():
+        normed.weight = v
+    parametrize.register_parametrization(normed, "weight", wc.WeightCompander())
+    (found,) = wc.report(normed).layers
+    assert found.largest == pytest.approx(alone.largest)
+    assert found.kurtosis == pytest.approx(alone.kurtosis)
 
 
 def test_baked_outputs_are_equal_in_every_bit_and_names_are_ordinary() -> None:
@@ -310,7 +392,7 @@ def test_states_round_trip(tmp_path: Path, learn: bool, granularity: str) -> Non
         base[4].weight.fill_(1e3)
     loaded = rt.load(tmp_path / "model.safetensors", base)
     assert torch.equal(loaded(x), done(x))
-    shared = {id(p) for n, p in loaded.named_parameters(remove_duplicate=False) if n.endswith("log_a")}
+    shared = {id(p) for n, p in loaded.named_parameters(remove_duplicate=False) if n.endswith("shift_a")}
     assert len(shared) == (0 if not learn else 1 if granularity == "global" else 3)
     loaded[7].weight = loaded[7].weight.detach() / 2
     torch.testing.assert_close(loaded[7].weight, done[7].weight / 2)
@@ -326,32 +408,53 @@ def test_states_round_trip(tmp_path: Path, learn: bool, granularity: str) -> Non
 
 
 def test_a_fixed_pair_is_not_read_as_a_learned_one() -> None:
-    with pytest.raises(RuntimeError, match=r"fixed_a"):
+    with pytest.raises(RuntimeError, match=r"shift_a"):
         wc.apply(ready(), learn=True).load_state_dict(wc.apply(ready()).state_dict())
 
 
 @pytest.mark.parametrize(
     "config",
-    [{}, {"shape": [2], "learn": 1, "dtype": "float32"}, {"shape": ["x"], "learn": True, "dtype": "float32"}],
+    [
+        {},
+        {"shape": [2], "learn": 1, "dtype": "float32"},
+        {"shape": ["x"], "learn": True, "dtype": "float32"},
+        {"shape": [-1], "learn": True, "dtype": "float32"},
+        {"shape": 2, "learn": True, "dtype": "float32"},
+        {"shape": [2], "learn": True, "dtype": "float16"},
+    ],
 )
 def test_configurations_of_something_else_are_refused(config: dict[str, object]) -> None:
-    with pytest.raises((ValueError, TypeError)):
+    with pytest.raises(ValueError, match="is no configuration of a WeightCompander"):
         wc.WeightCompander.from_config(config)
 
 
-def test_compiled_and_autocast_models_compute_the_same() -> None:
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",
+        pytest.param("inductor", marks=[
+            pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler here"),
+        ]),
+    ],
+)  # fmt: skip
+def test_compiled_models_compute_and_learn_the_same(backend: str) -> None:
     done, x = wc.apply(ready(), learn=True).train(), torch.randn(4, 1, 8, 8)
     expected = done(x)
     expected.square().mean().backward()
     grads = {name: p.grad.clone() for name, p in done.named_parameters()}
     done.zero_grad()
     fresh = copy.deepcopy(done)
-    compiled = torch.compile(fresh, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(fresh, backend=backend, fullgraph=True)
     out = compiled(x)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     out.square().mean().backward()
     for name, p in fresh.named_parameters():
         torch.testing.assert_close(p.grad, grads[name], rtol=1e-4, atol=1e-5)
+
+
+def test_autocast_models_compute_the_same() -> None:
+    done, x = wc.apply(ready(), learn=True).train(), torch.randn(4, 1, 8, 8)
+    expected = done(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low = done(x)
     assert low.dtype == torch.bfloat16
@@ -372,7 +475,7 @@ def test_pairs_are_parameters_that_a_distributed_model_reduces() -> None:
             model(x).square().mean().backward()
         for p, q in zip(done.parameters(), parallel.parameters(), strict=True):
             torch.testing.assert_close(q.grad, p.grad)
-        assert any("log_a" in name for name, _ in parallel.named_parameters())
+        assert any("shift_a" in name for name, _ in parallel.named_parameters())
     finally:
         distributed.destroy_process_group()
 
@@ -448,13 +551,30 @@ def test_weights_that_are_no_real_floating_point_are_refused(dtype: torch.dtype)
     assert companded(wc.apply(model, exclude="4")) == {"0.weight", "7.weight"}
 
 
-def test_quantised_modules_are_refused() -> None:
-    from torch.ao.nn.quantized import dynamic
+QUANTISED = {
+    "dynamic.Linear": (lambda: dynamic.Linear(4, 4), nn.Linear),
+    "dynamic.LSTM": (lambda: dynamic.LSTM(4, 4), nn.LSTM),
+    "Linear": (lambda: quantized.Linear(4, 4), nn.Linear),
+    "Conv2d": (lambda: quantized.Conv2d(4, 4, 3), nn.Conv2d),
+    "ConvReLU2d": (lambda: intrinsic.ConvReLU2d(4, 4, 3), nn.Conv2d),
+    "reference.Linear": (lambda: reference.Linear(4, 4), nn.Linear),
+    "Embedding": (lambda: quantized.Embedding(4, 4), nn.Embedding),
+}
 
-    model = nn.Sequential(nn.Linear(4, 4), dynamic.Linear(4, 4))
+
+@pytest.mark.parametrize("name", list(QUANTISED))
+def test_quantised_modules_are_refused_where_their_type_is_taken(name: str) -> None:
+    make, kind = QUANTISED[name]
+    model = nn.Sequential(nn.Linear(4, 4), make(), nn.Bilinear(4, 4, 4))
     with pytest.raises(TypeError, match="'1' is quantised; compand the model before"):
-        wc.apply(model)
+        wc.apply(model, types=(kind, nn.Bilinear))
+    assert companded(wc.apply(model, types=(nn.Bilinear,))) == {"2.weight"}
     assert companded(wc.apply(model, exclude="1")) == {"0.weight"}
+
+
+@pytest.mark.parametrize("name", ["dynamic.LSTM", "Embedding"])
+def test_quantised_modules_of_other_types_are_left_alone(name: str) -> None:
+    assert companded(wc.apply(nn.Sequential(nn.Linear(4, 4), QUANTISED[name][0]()))) == {"0.weight"}
 
 
 def test_tensors_of_a_wrapper_class_are_refused() -> None:
@@ -473,12 +593,15 @@ def test_tensors_of_a_wrapper_class_are_refused() -> None:
         ({"b": "fit"}, ValueError, "b is 'fit', which follows a"),
         ({"granularity": "row"}, ValueError, "granularity is 'row'; it is one of 'global', 'layer', 'channel'"),
         ({"init": "zero"}, ValueError, "init is 'zero'; it is one of 'latent', 'preserve'"),
-        ({"margin": -0.1}, ValueError, "margin is -0.1; it is a finite number of at least zero"),
+        ({"margin": -0.1}, ValueError, "margin is -0.1; it is a finite number above zero"),
+        ({"margin": 0}, ValueError, "margin is 0; it is a finite number above zero"),
+        ({"learn": "no"}, TypeError, "learn is 'no'; it is True or False"),
+        ({"exclude": None}, TypeError, "exclude is None, which is no pattern of layers"),
         ({"types": ()}, TypeError, "they are classes of modules"),
         ({"types": ("Linear",)}, TypeError, "they are classes of modules"),
         ({"types": nn.Bilinear}, ValueError, "no weights to compand in layers of Bilinear"),
         ({"types": nn.BatchNorm2d}, ValueError, "no weights to compand in layers of BatchNorm2d"),
-        ({"exclude": 3}, TypeError, "is no pattern|not iterable"),
+        ({"exclude": 3}, TypeError, "exclude is 3, which is no pattern of layers"),
         ({"exclude": [3]}, TypeError, "3 is no pattern"),
     ],
 )
@@ -487,6 +610,13 @@ def test_bad_arguments_are_named(arguments: dict[str, object], error: type[Excep
         wc.apply(ready(), **arguments)
 
 
-def test_what_is_no_module_is_refused() -> None:
+@pytest.mark.parametrize("call", [wc.apply, wc.report, wc.is_applied, lambda x: wc.param_groups(x, 0.1)])
+def test_what_is_no_module_is_refused(call: Callable[[int], object]) -> None:
     with pytest.raises(TypeError, match=r"weights of an nn\.Module are companded, not of 3"):
-        wc.apply(3)
+        call(3)
+
+
+@pytest.mark.parametrize("eps", ["x", -1.0, math.nan])
+def test_what_is_no_threshold_is_refused(eps: object) -> None:
+    with pytest.raises(ValueError, match=r"eps is .*; it is a finite number of at least zero"):
+        wc.report(wc.apply(ready()), eps=eps)

@@ -38,7 +38,8 @@ class _Kind(nn.Module):
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """A module of the same shapes, whose values are loaded afterwards.
 
-        By default the configuration is the arguments of the class.
+        By default the configuration is the arguments of the class. It is called on the meta device first, to compare
+        names and shapes with a file's before any memory is taken.
         """
         return cls(**config)
 

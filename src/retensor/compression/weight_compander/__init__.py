@@ -7,7 +7,7 @@ neither needs a term in the loss, so that it goes with weight decay, dropout and
 Source: R. Cakaj, J. Mehnert, B. Yang, "Weight Compander: A Simple Weight Reparameterization for Regularization", 2023,
 arXiv 2306.16993::
 
-    w = Psi(v) = a arctan(v / b),      |w| < a pi / 2,      Psi'(v) = (a / b) / (1 + (v / b)^2)
+    w = Psi(v) = a arctan(v / b),      |w| <= a pi / 2,      Psi'(v) = (a / b) / (1 + (v / b)^2)
 
 A step of gradient descent on ``v`` moves ``w``, to first order, as one on ``w`` with the learning rate times
 ``Psi'(v)^2 = (a / b)^2 cos(w / a)^4``: ``(a / b)^2`` at zero, nothing at the cap. Weight decay acts on ``v``, as on all

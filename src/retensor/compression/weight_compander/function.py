@@ -15,6 +15,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from retensor.files import described
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Types of weights that are companded."""
+
 PART = 1 << 17
 """Elements of a tensor that are worked on at once on a processor: half a megabyte of float32."""
 
@@ -28,7 +31,8 @@ def psi(v: torch.Tensor, a: torch.Tensor | float, b: torch.Tensor | float) -> to
         Latent weights of any shape; float16, bfloat16, float32 or float64. The half types are computed in float32 and
         rounded once.
     a, b : float or torch.Tensor
-        Above zero; tensors must broadcast to the shape of ``v``, and have gradients.
+        Above zero; tensors must broadcast to the shape of ``v``, and have gradients. Of the half types, they are
+        computed with in float32.
 
     Returns
     -------
@@ -42,13 +46,18 @@ def psi(v: torch.Tensor, a: torch.Tensor | float, b: torch.Tensor | float) -> to
     TypeError
         Where ``v`` is of another type.
 
+    Notes
+    -----
+    The time goes by weight and not by sample. A training step of resnet18 at 64x64 pixels and batch 16 takes about
+    1.25 times as long on a processor (with torch's ``weight_norm`` 1.1), and holds 1.3 times as much at its peak;
+    :func:`recomputed` gives most of that memory back for more time.
+
     Examples
     --------
     >>> psi(torch.tensor([-1e9, 0.0, 0.2]), 0.3, 0.2)
     tensor([-0.4712,  0.0000,  0.2356])
     """
-    if not v.is_floating_point():
-        raise TypeError(f"latent weights are real floating-point numbers, not {v.dtype}")
+    _check_type(v, "latent weights")
     a, b = _factor(a, "a", v), _factor(b, "b", v)
     if torch.compiler.is_compiling():
         # A compiler fuses plain operators by itself, and an exported graph has names anyone knows.
@@ -60,13 +69,20 @@ def psi(v: torch.Tensor, a: torch.Tensor | float, b: torch.Tensor | float) -> to
     return w
 
 
-def psi_inverse(w: torch.Tensor, a: torch.Tensor | float, b: torch.Tensor | float) -> torch.Tensor:
-    """The latent weights ``b tan(w / a)`` of weights below the cap; worked out in float64.
+def psi_inverse(
+    w: torch.Tensor, a: torch.Tensor | float, b: torch.Tensor | float, *, rounded: bool = False
+) -> torch.Tensor:
+    """The latent weights ``b tan(w / a)`` of weights below the cap; worked out in float64, without gradients.
 
     Parameters
     ----------
     w : torch.Tensor
+        Weights of any shape; float16, bfloat16, float32 or float64.
     a, b : float or torch.Tensor
+        Above zero; tensors must broadcast to the shape of ``w``.
+    rounded : bool
+        Whether ``w`` may be a result of :func:`psi`, which rounding takes to the cap and one step past it: such a
+        weight then has a latent one that saturates.
 
     Returns
     -------
@@ -76,32 +92,56 @@ def psi_inverse(w: torch.Tensor, a: torch.Tensor | float, b: torch.Tensor | floa
     Raises
     ------
     ValueError
-        Where a weight is at the cap ``a pi / 2`` or above.
+        Where a number ``a`` or ``b`` is not above zero, or a weight is at the cap ``a pi / 2`` or above.
+    TypeError
+        Where ``w`` is of another type.
 
     Examples
     --------
     >>> psi_inverse(torch.tensor([0.0, 0.2356]), 0.3, 0.2)
     tensor([0.0000, 0.2000])
     """
+    _check_type(w, "weights")
     wide = w.detach().to(torch.float64)
-    a, b = _factor(a, "a", wide), _factor(b, "b", wide)
-    if bool((wide.abs() >= a * (math.pi / 2)).any()):
+    a, b = (_factor(value, name, wide).detach().to(torch.float64) for value, name in ((a, "a"), (b, "b")))
+    cap, size = a * (math.pi / 2), wide.abs()
+    if bool((size > cap * (1 + torch.finfo(w.dtype).eps) if rounded else size >= cap).any()):
         raise ValueError(
-            f"weights up to {wide.abs().max().item():.6g} are no values of a function below a pi / 2 = "
-            f"{(a * (math.pi / 2)).max().item():.6g}; the least a is above {least(wide):.6g}"
+            f"weights up to {size.max().item():.6g} are no values of a function below a pi / 2 = "
+            f"{cap.max().item():.6g}; the least a is above {least(wide):.6g}"
         )
     limit = torch.finfo(w.dtype).max
-    return (b * torch.tan(wide / a)).clamp(-limit, limit).to(w.dtype)
+    return (b * torch.tan((wide / a).clamp(-math.pi / 2, math.pi / 2))).clamp(-limit, limit).to(w.dtype)
 
 
 def psi_slope(v: torch.Tensor, a: torch.Tensor | float, b: torch.Tensor | float) -> torch.Tensor:
-    """The derivative ``(a / b) / (1 + (v / b)^2)`` of :func:`psi`; arguments as there.
+    """The derivative ``(a / b) / (1 + (v / b)^2)`` of :func:`psi`.
+
+    Parameters
+    ----------
+    v : torch.Tensor
+        Latent weights of any shape; float16, bfloat16, float32 or float64.
+    a, b : float or torch.Tensor
+        Above zero; tensors must broadcast to the shape of ``v``.
+
+    Returns
+    -------
+    torch.Tensor
+        Of the shape and type of ``v``.
+
+    Raises
+    ------
+    ValueError
+        Where a number ``a`` or ``b`` is not above zero.
+    TypeError
+        Where ``v`` is of another type.
 
     Examples
     --------
     >>> psi_slope(torch.tensor([0.0, 0.2]), 0.3, 0.2)
     tensor([1.5000, 0.7500])
     """
+    _check_type(v, "latent weights")
     a, b = _factor(a, "a", v), _factor(b, "b", v)
     return (a / b / (1 + (v.to(exact(v.dtype)) / b) ** 2)).to(v.dtype)
 
@@ -112,8 +152,9 @@ def recomputed() -> Iterator[None]:
 
     A layer keeps its weight for the gradient of its input. A plain weight is there anyway, but a companded one is a
     second tensor of the weights' size. Run the forward pass inside, the backward pass where you like; gradients are
-    the same in every bit, for one more evaluation of :func:`psi` a layer. Under autocast it is the copy in the lower
-    type that layers keep, and nothing is saved.
+    the same in every bit, for one more evaluation of :func:`psi` a layer. A training step of resnet18 at 64x64 pixels
+    and batch 16 takes about 1.35 times as long as the plain model's instead of 1.25, and holds 1.1 times as much at
+    its peak instead of 1.3. Under autocast it is the copy in the lower type that layers keep, and nothing is saved.
 
     Raises
     ------
@@ -163,13 +204,14 @@ class _Psi(torch.autograd.Function):
             return grad_v.to(v.dtype), grad_a, grad_b
         grad_v = torch.empty_like(x)
         grad_a, grad_b = torch.zeros_like(a) if needs_a else None, torch.zeros_like(b) if needs_b else None
-        square, product = b * b, a * b
+        # The slope as 1 / (b / a + v^2 / (a b)), the square taken last, so that nothing leaves the range of the type.
+        scale, base = a.rsqrt() * b.rsqrt(), b / a
         for x_, g_, grad_ in _parts(x, g, grad_v, pair=(a, b)):
             if grad_a is not None:
                 grad_a += _summed(g_, x_.div(b).atan_(), a)
-            # The slope as a b / (b^2 + v^2).
-            torch.addcmul(square, x_, x_, out=grad_)
-            torch.div(g_, grad_, out=grad_).mul_(product)
+            torch.mul(x_, scale, out=grad_)
+            torch.addcmul(base, grad_, grad_, out=grad_)
+            torch.div(g_, grad_, out=grad_)
             if grad_b is not None:
                 grad_b -= _summed(grad_, x_, b)
         return grad_v.to(v.dtype), grad_a, None if grad_b is None else grad_b / b
@@ -274,9 +316,15 @@ def exact(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+def _check_type(tensor: torch.Tensor, what: str) -> None:
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{what} are real floating-point numbers of 16 to 64 bits, not {tensor.dtype}")
+
+
 def _factor(value: torch.Tensor | float, name: str, beside: torch.Tensor) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
-        return value
+        # The half types hold neither the squares of small numbers nor the digits of a learning rate's steps.
+        return value.to(exact(value.dtype))
     return torch.tensor(number(value, name), dtype=exact(beside.dtype), device=beside.device)
 
 
@@ -287,13 +335,21 @@ def number(value: Any, name: str) -> float:
     return float(value)
 
 
-def positive(value: torch.Tensor | float, name: str) -> torch.Tensor:
-    """A number or tensor above zero in float64, or a sentence that says what was given."""
-    if not isinstance(value, torch.Tensor):
-        return torch.tensor(number(value, name), dtype=torch.float64)
-    if not bool((value > 0).all()) or not bool(value.isfinite().all()):
-        raise ValueError(f"{name} is {described(value)}; all of it are finite numbers above zero")
-    return value.detach().to(torch.float64)
+def positive(value: torch.Tensor | float, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """A number or tensor above zero in a type, or a sentence that says what was given."""
+    given = value if isinstance(value, torch.Tensor) else torch.tensor(number(value, name), dtype=torch.float64)
+    kept = given.detach().to(dtype)
+    # What has a shape and no values is filled in later.
+    if not kept.is_meta and not bool(((kept > 0) & kept.isfinite()).all()):
+        raise ValueError(f"{name} is {described(value)}; all of it are finite numbers above zero in {dtype}")
+    return kept
+
+
+def not_negative(value: Any, name: str) -> float:
+    """A number of at least zero, or a sentence that says what was given."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) < math.inf:
+        raise ValueError(f"{name} is {described(value)}; it is a finite number of at least zero")
+    return float(value)
 
 
 def least(w: torch.Tensor) -> float:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
-from retensor.compression.weight_compander.function import exact, number, psi_inverse
+from retensor.compression.weight_compander.function import exact, not_negative, number, psi_inverse
 from retensor.compression.weight_compander.parametrization import WeightCompander
-from retensor.compression.weight_compander.weights import TYPES, Owner, owned_weights
+from retensor.compression.weight_compander.weights import TYPES, Owner, checked, owned_weights
 from retensor.files import described
 from retensor.replacing import fold
 from retensor.replacing.match import Pattern
@@ -38,17 +36,18 @@ def apply(
     init: Init = "latent",
     margin: float = 0.05,
 ) -> nn.Module:
-    """Let the weights of a model be companded.
+    """A copy of a model whose weights are companded: ``model = wc.apply(model)``, as the one given stays as it is.
 
     Parameters
     ----------
     model : nn.Module
-        Left as it is; the result is a copy, to be trained and folded (:func:`bake`).
+        Left as it is; the result is to be trained and folded (:func:`bake`).
     a, b : float or "fit"
         Above zero: the cap is ``a pi / 2``, and small weights move ``a / b`` times as far. ``a="fit"`` takes for every
         layer the least ``a`` that its weights allow, times ``1 + margin``; ``b="fit"`` is then ``a / 1.5``.
     learn : bool
-        Whether ``a`` and ``b`` are trained, by :func:`param_groups` at a low rate of their own.
+        Whether ``a`` and ``b`` are trained, by :func:`param_groups` at a low rate of their own. Those of a weight that
+        needs no gradient need none either; with ``granularity="global"`` it has a pair of its own, which stays.
     granularity : {"global", "layer", "channel"}
         What has a pair of its own: the model, every weight tensor, or every output channel. Output channels lie on the
         first axis, in transposed convolutions on the second, where groups share them.
@@ -58,10 +57,11 @@ def apply(
         Layers to leave alone, and all inside them: globs of names, classes, or functions of name and module. A tensor
         that one of its owners excludes is left alone in all.
     init : {"latent", "preserve"}
-        ``latent``: the present weights become the latent ones, so that fresh weights are companded themselves.
-        ``preserve``: the layers compute as before, for trained models.
+        ``latent``: the present weights become the latent ones, so that fresh weights are companded themselves. Small
+        ones are then ``a / b`` times as large as they were, which alone changes what a training finds.
+        ``preserve``: the layers compute as before, for trained models, or to train from the same weights.
     margin : float
-        Of ``a="fit"``; at least zero.
+        Of ``a="fit"``; above zero.
 
     Returns
     -------
@@ -74,6 +74,8 @@ def apply(
 
     Notes
     -----
+    A training step takes longer, and holds more memory at its peak, by what :func:`psi` says.
+
     Before a normalisation layer the scale of a weight is void, and what is left is another direction of each step. Adam
     divides by the scale of gradients and with it by most of the slope, so that what is known of SGD says little of it.
 
@@ -84,8 +86,8 @@ def apply(
         argument is not one of those above, a pattern or the types mean no layer, or a weight is one that something
         else makes already.
     TypeError
-        Where a weight is no ordinary real floating-point tensor, has no shape yet (a lazy layer), or a module is
-        quantised.
+        Where a weight is no ordinary real floating-point tensor, has no shape yet (a lazy layer), a module is the
+        quantised counterpart of a type that is taken, or an argument is of another type.
     RuntimeError
         Where the weights are companded already.
 
@@ -99,7 +101,7 @@ def apply(
     model = copied(model)
     groups = owned_weights(model, types, exclude)
     pairs = _pairs(groups, a, b, granularity, margin)
-    first: WeightCompander | None = None
+    shared: WeightCompander | None = None
     for group, (its_a, its_b) in zip(groups, pairs, strict=True):
         weight = group[0].tensor
         if init == "preserve":
@@ -108,13 +110,11 @@ def apply(
         step = WeightCompander(
             its_a, its_b, learn=learn, dtype=exact(weight.dtype), device=weight.device
         ).requires_grad_(weight.requires_grad)
-        if first is not None and learn and granularity == "global":
-            _share(first, step)
-        first = first or step
+        # A frozen weight would move with a pair that others train.
+        if learn and granularity == "global" and weight.requires_grad:
+            shared = _sharing(step, shared)
         for owner in group:
-            # Each owner's registration takes the latent as it is; the tensor and the step are one for all of them.
-            step._registering = True
-            parametrize.register_parametrization(owner.module, owner.label, step, unsafe=True)
+            step.register(owner.module, owner.label)
     return model
 
 
@@ -132,12 +132,19 @@ def param_groups(
     lr, weight_decay : float
         Of all other parameters, latent weights among them.
     lr_scale : float
-        ``a`` and ``b`` (their logarithms, to be exact) have the rate ``lr * lr_scale``.
+        ``a`` and ``b`` have the rate ``lr * lr_scale``.
+
+    Returns
+    -------
+    list of dict
+        Groups with ``params``, ``lr`` and ``weight_decay``, of the parameters that need gradients, each once.
 
     Raises
     ------
     ValueError
-        Where a number is negative.
+        Where a number is negative or not finite, or is no number.
+    TypeError
+        Where the model is no module.
 
     Examples
     --------
@@ -145,9 +152,9 @@ def param_groups(
     >>> [(len(g["params"]), g["lr"], g["weight_decay"]) for g in param_groups(model, lr=0.5, weight_decay=5e-4)]
     [(2, 0.5, 0.0005), (2, 0.0005, 0.0)]
     """
+    checked(model)
     for name, value in (("lr", lr), ("weight_decay", weight_decay), ("lr_scale", lr_scale)):
-        if not value >= 0:
-            raise ValueError(f"{name} is {described(value)}; it is a number of at least zero")
+        not_negative(value, name)
     slow = {id(p) for module in model.modules() if isinstance(module, WeightCompander) for p in module.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if id(p) not in slow], "lr": lr, "weight_decay": weight_decay}]
@@ -158,9 +165,27 @@ def param_groups(
 
 
 def bake(model: nn.Module) -> nn.Module:
-    """Plain weights in the places of companded ones: :func:`retensor.fold`, under the name the method's users know.
+    """A copy with plain weights in the places of companded ones: ``model = wc.bake(model)``, as the one given stays.
 
-    Recurrent layers that have run with gradients are folded too, which torch cannot copy otherwise.
+    It is :func:`retensor.fold`, under the name the method's users know. Recurrent layers that have run with gradients
+    are folded too, which torch cannot copy otherwise.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Companded or not.
+
+    Returns
+    -------
+    nn.Module
+        With outputs equal in every bit where the same kernels run, and a state dict of ordinary names.
+
+    Raises
+    ------
+    TypeError
+        Where it is no module.
+    ValueError
+        Where a tensor has other parametrizations beside this one.
 
     Examples
     --------
@@ -173,17 +198,25 @@ def bake(model: nn.Module) -> nn.Module:
 def is_applied(model: nn.Module) -> bool:
     """Whether a model has companded weights.
 
+    Parameters
+    ----------
+    model : nn.Module
+
+    Raises
+    ------
+    TypeError
+        Where it is no module.
+
     Examples
     --------
     >>> is_applied(nn.Linear(2, 2)), is_applied(apply(nn.Linear(2, 2)))
     (False, True)
     """
-    return any(isinstance(module, WeightCompander) for module in model.modules())
+    return any(isinstance(module, WeightCompander) for module in checked(model).modules())
 
 
 def _check(model: Any, a: Any, b: Any, granularity: Any, types: Any, init: Any, margin: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"weights of an nn.Module are companded, not of {described(model)}")
+    checked(model)
     for name, value in (("a", a), ("b", b)):
         if isinstance(value, str):
             if value != "fit":
@@ -201,8 +234,7 @@ def _check(model: Any, a: Any, b: Any, granularity: Any, types: Any, init: Any, 
     kinds = types if isinstance(types, tuple) else (types,)
     if not kinds or not all(isinstance(kind, type) and issubclass(kind, nn.Module) for kind in kinds):
         raise TypeError(f"types are {described(types)}; they are classes of modules such as (nn.Linear, nn.Conv2d)")
-    if isinstance(margin, bool) or not isinstance(margin, numbers.Real) or not 0 <= float(margin) < math.inf:
-        raise ValueError(f"margin is {described(margin)}; it is a finite number of at least zero")
+    number(margin, "margin")
 
 
 def _pairs(
@@ -241,7 +273,8 @@ def _preserving(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, owner: O
         raise ValueError(f"'{owner.name}' cannot be preserved: {error}, or pass a='fit'") from None
 
 
-def _share(first: WeightCompander, step: WeightCompander) -> None:
-    """Let one step train the ``a`` and ``b`` of another."""
-    for label in ("log_a", "log_b"):
-        step._parameters[label] = first._parameters[label]
+def _sharing(step: WeightCompander, shared: WeightCompander | None) -> WeightCompander:
+    """The step that trains ``a`` and ``b`` for all: the first, whose parameters the others then have."""
+    if shared is not None:
+        step.shift_a, step.shift_b = shared.shift_a, shared.shift_b
+    return shared or step

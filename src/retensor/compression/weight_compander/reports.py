@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from retensor.compression.weight_compander.function import exact
+from retensor.compression.weight_compander.function import exact, not_negative
 from retensor.compression.weight_compander.parametrization import WeightCompander
+from retensor.compression.weight_compander.weights import checked
 
 SATURATED = 0.95
 """The part of the cap from which on a weight counts as saturated."""
@@ -36,7 +37,8 @@ class LayerReport:
     saturated : float
         The share of weights above 0.95 of their cap, where gradients vanish.
     not_finite : int
-        How many latent weights are no finite number; the others are what the figures above are of.
+        How many of its latent weights, and of its ``a`` and ``b``, are no finite number. The figures above are of the
+        weights that neither spoils.
     """
 
     name: str
@@ -71,18 +73,22 @@ class CompanderReport:
 
     @property
     def not_finite(self) -> tuple[str, ...]:
-        """Names of the tensors with latent weights that are no finite number."""
+        """Names of the tensors with latent weights, or pairs, that are no finite number."""
         return tuple(layer.name for layer in self.layers if layer.not_finite)
 
     def __str__(self) -> str:
-        """The table as plain text, and a line for each tensor that has latent weights that are no finite number."""
+        """The table as plain text, and a line for each tensor with numbers that are not finite."""
         width = max([len("tensor"), *(len(layer.name) for layer in self.layers)])
         titles = ("a", "b", "cap", "max |w|", "near 0", "kurtosis", "saturated")
         lines = [f"{'tensor':<{width}}" + "".join(f"{title:>10}" for title in titles)]
         for x in self.layers:
             figures = (x.a, x.b, x.cap, x.largest, x.near_zero, x.kurtosis, x.saturated)
             lines.append(f"{x.name:<{width}}" + "".join(f"{figure:>10.4g}" for figure in figures))
-        lines += [f"{x.name}: {x.not_finite} latent weights are no finite number" for x in self.layers if x.not_finite]
+        lines += [
+            f"{x.name}: {x.not_finite} of its latent weights, a and b are no finite number"
+            for x in self.layers
+            if x.not_finite
+        ]
         return "\n".join(lines)
 
 
@@ -93,8 +99,22 @@ def report(model: nn.Module, *, eps: float = 0.01) -> CompanderReport:
     Parameters
     ----------
     model : nn.Module
+        Companded or not. Other parametrizations of the same tensor do not count, but what comes before makes the
+        latent weights.
     eps : float
         Below it a magnitude counts as near zero.
+
+    Returns
+    -------
+    CompanderReport
+        One entry for each companded tensor.
+
+    Raises
+    ------
+    TypeError
+        Where the model is no module.
+    ValueError
+        Where ``eps`` is no finite number of at least zero.
 
     Examples
     --------
@@ -102,29 +122,41 @@ def report(model: nn.Module, *, eps: float = 0.01) -> CompanderReport:
     >>> report(wc.apply(nn.Sequential(nn.Linear(8, 2))))["0.weight"].cap
     0.4712...
     """
-    return CompanderReport(tuple(_layer(name, steps, eps) for name, steps in _companded(model)))
+    not_negative(eps, "eps")
+    return CompanderReport(tuple(_layer(*found, eps) for found in _companded(checked(model))))
 
 
-def _companded(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Companded tensors by name, each once."""
+def kurtosis(w: torch.Tensor) -> float:
+    """The fourth central moment over the squared variance."""
+    centred = w.to(torch.float64) - w.to(torch.float64).mean()
+    return ((centred**4).mean() / (centred**2).mean() ** 2).item()
+
+
+def _companded(model: nn.Module) -> Iterator[tuple[str, WeightCompander, torch.Tensor]]:
+    """Companded tensors by name, each once, with what compands and what is companded."""
     seen: set[int] = set()
     for name, module in model.named_modules():
         if not parametrize.is_parametrized(module):
             continue
         for label, steps in module.parametrizations.items():
-            if any(isinstance(step, WeightCompander) for step in steps) and id(steps.original) not in seen:
-                seen.add(id(steps.original))
-                yield f"{name}.{label}".lstrip("."), steps
+            at = [isinstance(step, WeightCompander) for step in steps]
+            latent = (
+                [steps.original] if steps.is_tensor else [getattr(steps, f"original{i}") for i in range(steps.ntensors)]
+            )
+            if not any(at) or id(latent[0]) in seen:
+                continue
+            seen.add(id(latent[0]))
+            for step in list(steps)[: at.index(True)]:
+                latent = [step(*latent)]
+            yield f"{name}.{label}".lstrip("."), steps[at.index(True)], latent[0]
 
 
-def _layer(name: str, steps: nn.Module, eps: float) -> LayerReport:
-    latent, step = steps.original, steps[0]
-    a, b, cap = step.a.detach(), step.b.detach(), step.cap.detach()
-    finite = latent.isfinite()
-    w = steps().to(exact(latent.dtype))
-    share = w.abs() / cap
-    w, share = w[finite].to(torch.float64), share[finite]
-    centred = w - w.mean()
+def _layer(name: str, step: WeightCompander, latent: torch.Tensor, eps: float) -> LayerReport:
+    a, b, cap = step.a, step.b, step.cap
+    w = step(latent).to(exact(latent.dtype))
+    finite = latent.isfinite() & w.isfinite()
+    share = (w.abs() / cap)[finite]
+    w = w[finite].to(torch.float64)
     return LayerReport(
         name,
         a.mean().item(),
@@ -132,7 +164,7 @@ def _layer(name: str, steps: nn.Module, eps: float) -> LayerReport:
         cap.max().item(),
         w.abs().max().item() if len(w) else math.nan,
         (w.abs() < eps).to(torch.float64).mean().item(),
-        ((centred**4).mean() / (centred**2).mean() ** 2).item(),
+        kurtosis(w),
         (share > SATURATED).to(torch.float64).mean().item(),
-        int((~finite).sum()),
+        sum(int((~values.isfinite()).sum()) for values in (latent, a, b)),
     )

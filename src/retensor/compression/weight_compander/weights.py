@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from retensor.compression.weight_compander.function import DTYPES
 from retensor.compression.weight_compander.parametrization import WeightCompander
 from retensor.files import described
 from retensor.replacing.match import matching, suggestions
@@ -48,6 +50,13 @@ class Owner:
         return 1 if transposed else 0
 
 
+def checked(model: Any) -> nn.Module:
+    """A module, or a sentence that says what was given."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"weights of an nn.Module are companded, not of {described(model)}")
+    return model
+
+
 def owned_weights(model: nn.Module, types: Any, exclude: Any) -> list[list[Owner]]:
     """The tensors to compand, each by all its owners, those of the types asked for first."""
     outside = _excluded(model, exclude)
@@ -57,11 +66,7 @@ def owned_weights(model: nn.Module, types: Any, exclude: Any) -> list[list[Owner
     for name, module in model.named_modules():
         excluded = id(module) in outside
         taken = not excluded and isinstance(module, types)
-        if (
-            not excluded
-            and "quantized" in type(module).__module__.split(".")
-            and callable(getattr(module, "weight", None))
-        ):
+        if not excluded and _is_quantised(module, types):
             raise TypeError(f"'{name}' is quantised; compand the model before it is, or exclude the layer")
         if taken:
             _check_layer(name, module)
@@ -91,7 +96,12 @@ def owned_weights(model: nn.Module, types: Any, exclude: Any) -> list[list[Owner
 
 def _excluded(model: nn.Module, exclude: Any) -> set[int]:
     """Identities of the modules that are left alone, those inside others too."""
-    patterns = (exclude,) if isinstance(exclude, str | type) or callable(exclude) else tuple(exclude)
+    if isinstance(exclude, str | type) or callable(exclude):
+        patterns: tuple[Any, ...] = (exclude,)
+    elif isinstance(exclude, Iterable):
+        patterns = tuple(exclude)
+    else:
+        raise TypeError(f"exclude is {described(exclude)}, which is no pattern of layers, nor a sequence of them")
     found: set[int] = set()
     for pattern in patterns:
         names = matching(model, pattern)
@@ -102,6 +112,16 @@ def _excluded(model: nn.Module, exclude: Any) -> set[int]:
             )
         found.update(id(inner) for name in names for inner in model.get_submodule(name).modules())
     return found
+
+
+def _is_quantised(module: nn.Module, types: Any) -> bool:
+    """Whether it is torch's quantised counterpart of a type, which has the type's name."""
+    return any(
+        kind.__module__.startswith("torch.")
+        and "quantized" in kind.__module__.split(".")
+        and issubclass(getattr(nn, kind.__name__, object), types)
+        for kind in type(module).__mro__
+    )
 
 
 def _check_layer(name: str, module: nn.Module) -> None:
@@ -133,7 +153,7 @@ def _check_tensor(owner: Owner) -> None:
             f"'{owner.name}' is a {type(tensor.data).__name__}; compand before tensors are quantised or distributed, "
             "or exclude the layer"
         )
-    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    if tensor.dtype not in DTYPES:
         raise TypeError(
             f"'{owner.name}' is of {tensor.dtype}; weights of float16, bfloat16, float32 and float64 are companded: "
             "exclude the layer"
