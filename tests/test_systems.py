@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import retensor as rt
-from retensor.claims import SCHEMA, SYSTEMS_BLOCK, find_claims, status_of
+from retensor.claims import SCHEMA, SYSTEMS_BLOCK, find_claims, statuses
 from retensor.systems import SYSTEMS
 
 ROOT = Path(__file__).parents[1]
@@ -67,8 +67,8 @@ def test_the_status_counts_verdicts(tmp_path: Path) -> None:
     result = {"schema": SCHEMA, "slug": "cosma", "claims": [{"verdict": verdict} for verdict in verdicts]}
     (tmp_path / "results" / "of-others.json").write_text('{"a": 1}')
     (tmp_path / "results" / "cosma.json").write_text(json.dumps(result))
-    assert status_of(SYSTEMS[0], tmp_path) == "2 held, 1 partly held, 1 not held"
-    assert status_of(SYSTEMS[1], tmp_path) == "not measured"
+    assert statuses(tmp_path)[SYSTEMS[0].name] == "2 held, 1 partly held, 1 not held"
+    assert statuses(tmp_path)[SYSTEMS[1].name] == "not measured"
 
 
 def test_the_readme_lists_every_system() -> None:

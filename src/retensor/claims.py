@@ -182,38 +182,42 @@ README_BLOCK = ("<!-- claims: made by retensor claims -->", "<!-- end of claims 
 SYSTEMS_BLOCK = ("<!-- systems: made by retensor claims -->", "<!-- end of systems -->")
 
 
-def status_of(system: System, folder: Path) -> str:
-    """How the claims about a system came out, by the results in a benchmarks folder: ``"3 held, 1 not held"``."""
-    verdicts = [
-        claim["verdict"] for result in _results(folder) if result["slug"] in system.claims for claim in result["claims"]
-    ]
-    kinds: tuple[Verdict, ...] = ("held", "partly held", "not held")
-    counts = [f"{verdicts.count(kind)} {kind}" for kind in kinds if kind in verdicts]
-    return ", ".join(counts) or "not measured"
+def statuses(folder: Path) -> dict[str, str]:
+    """How the claims about each system came out, by its name: ``"3 held, 1 not held"``, or ``"not measured"``."""
+    results = _results(folder)
+    found = {}
+    for system in SYSTEMS:
+        verdicts = [c["verdict"] for result in results if result["slug"] in system.claims for c in result["claims"]]
+        kinds: tuple[Verdict, ...] = ("held", "partly held", "not held")
+        counts = [f"{verdicts.count(kind)} {kind}" for kind in kinds if kind in verdicts]
+        found[system.name] = ", ".join(counts) or "not measured"
+    return found
 
 
 def write_readme(folder: Path, target: Path) -> None:
-    """Renew the tables of claims and of systems in a README, between their marks; without marks, nothing."""
-    _renew(target, README_BLOCK, _claims_grid(folder))
+    """Renew two tables in a README, between their marks: the spine's claims, and systems with how theirs came out.
+
+    Without marks nothing is written.
+    """
+    others = {slug for system in SYSTEMS if system.wing != "planning" for slug in system.claims}
+    claims = [
+        [result["system"].split(":")[0], claim["statement"], claim["baseline"], claim["ours"], claim["verdict"]]
+        for result in _results(folder)
+        if result["slug"] not in others
+        for claim in result["claims"]
+    ]
+    _renew(target, README_BLOCK, _grid(["System", "Claim", "Against", "Here", "Verdict"], claims))
+    status = statuses(folder)
     systems = [
         [
             f"{system.name}: {system.does}",
             f"`{system.module}`",
             f"{system.authors}, [arXiv {system.arxiv}](https://arxiv.org/abs/{system.arxiv})",
-            status_of(system, folder),
+            status[system.name],
         ]
         for system in SYSTEMS
     ]
     _renew(target, SYSTEMS_BLOCK, _grid(["System", "Where", "Paper", "Claims"], systems))
-
-
-def _claims_grid(folder: Path) -> list[str]:
-    rows = [
-        [result["system"].split(":")[0], claim["statement"], claim["baseline"], claim["ours"], claim["verdict"]]
-        for result in _results(folder)
-        for claim in result["claims"]
-    ]
-    return _grid(["System", "Claim", "Against", "Here", "Verdict"], rows)
 
 
 def _renew(target: Path, marks: tuple[str, str], lines: Sequence[str]) -> None:

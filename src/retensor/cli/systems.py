@@ -16,9 +16,10 @@ def systems(
     json: Json = False,
 ) -> None:
     """List the systems of this library: wing, paper, and in a checkout how the measured claims came out."""
-    from retensor.claims import status_of
+    from retensor.claims import statuses
     from retensor.systems import SYSTEMS
 
+    status = statuses(folder)
     if json:
         print_json(
             {
@@ -30,7 +31,7 @@ def systems(
                         "does": system.does,
                         "paper": system.authors,
                         "arxiv": system.arxiv,
-                        "claims": status_of(system, folder),
+                        "claims": status[system.name],
                     }
                     for system in SYSTEMS
                 ]
@@ -38,7 +39,7 @@ def systems(
         )
         return
     rows = [
-        [system.name, system.wing, f"{system.authors}, arXiv {system.arxiv}", status_of(system, folder), system.does]
+        [system.name, system.wing, f"{system.authors}, arXiv {system.arxiv}", status[system.name], system.does]
         for system in SYSTEMS
     ]
     print_table(["system", "wing", "paper", "claims", "what it does"], rows, left=5)
