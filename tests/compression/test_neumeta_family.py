@@ -17,8 +17,12 @@ from torch.func import functional_call
 
 import retensor as rt
 from retensor.compression import neumeta as nm
+from retensor.compression.neumeta.hyper import skeleton
 from retensor.data.reference import DigitsCNN
 from retensor.errors import RetensorError
+
+# Most of these families need no fitting for what is tested.
+pytestmark = pytest.mark.filterwarnings("ignore:the family was never fitted")
 
 X = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -315,6 +319,34 @@ def test_traffic_of_a_small_sample_is_below_the_full_networks() -> None:
     )
     assert both["small"].macs < both["full"].macs
     assert both["small"].streamed_bytes < both["full"].streamed_bytes
+
+
+@pytest.mark.parametrize("layers", ["block", "**"])
+def test_the_order_of_channels_is_kept_in_the_file_and_can_be_undone(tmp_path: Path, layers: str) -> None:
+    model = DigitsCNN(12).eval() if layers == "block" else lenet()
+    hyper = family(model, layers)
+    hyper.save(tmp_path / "family.safetensors")
+    loaded = nm.load(tmp_path / "family.safetensors", model, example=X)
+    assert loaded.orders == hyper.orders
+    assert len(loaded.orders) == (2 if layers == "block" else 3)
+    net = skeleton(loaded)
+    for group in nm.channel_groups(net, X):
+        if group.producers in loaded.orders:
+            group.reorder_(net, torch.tensor(loaded.orders[group.producers]).argsort())
+    fused = nm.fuse(model, example=X).state_dict()
+    assert all(torch.equal(value, fused[name]) for name, value in net.state_dict().items())
+
+
+def test_a_family_of_channels_in_their_own_order_has_none_to_undo() -> None:
+    space = nm.fuse_and_smooth(DigitsCNN(12), "block", example=X, solver="none")
+    assert nm.NeuMeta(space, hidden=4, depth=1, freqs=1).orders == {}
+
+
+def test_a_family_that_was_never_fitted_warns() -> None:
+    hyper = family()
+    nm.warm_start(hyper, steps=0, widths=[5])
+    with pytest.warns(UserWarning, match="was never fitted, so its weights are no better than random"):
+        hyper.sample(5, k=1)
 
 
 def test_a_width_outside_the_trained_ones_warns() -> None:

@@ -63,11 +63,11 @@ def test_a_bias_without_noise_is_not_divided_and_a_weight_is_by_its_columns() ->
     with torch.no_grad():
         for parameter in field.parameters():
             parameter.zero_()
-        field.last.bias.copy_(torch.arange(9.0))
+        field.last.bias.copy_(torch.arange(1.0, 10.0))
     weight = shaped(field(nm.coordinates(0, 2, 3, 5)), (3, 5, 3, 3))
     bias = shaped(field(nm.coordinates(1, 2, 3, None)), (3,))
-    assert torch.equal(weight, (torch.arange(9.0) / 5).view(3, 3).expand(3, 5, 3, 3))
-    assert torch.equal(bias, torch.zeros(3))
+    assert torch.equal(weight, (torch.arange(1.0, 10.0) / 5).view(3, 3).expand(3, 5, 3, 3))
+    assert torch.equal(bias, torch.ones(3))
 
 
 def test_a_smaller_kernel_is_the_centre_of_a_larger_one() -> None:

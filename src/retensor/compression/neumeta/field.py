@@ -37,6 +37,12 @@ class WeightField(nn.Module):
         NORM, the largest size of a tensor.
     scale : float
         Start of the residual scales s_i.
+
+    Examples
+    --------
+    >>> field = WeightField(hidden=8, depth=2, freqs=3, outputs=9, norm=4.0)
+    >>> field(coordinates(0, 4, rows=4, columns=2)).shape
+    torch.Size([8, 9])
     """
 
     def __init__(self, hidden: int, depth: int, freqs: int, outputs: int, norm: float, scale: float = 0.1) -> None:
@@ -93,7 +99,28 @@ def coordinates(
 
 
 def features(raw: torch.Tensor, freqs: int, norm: float) -> torch.Tensor:
-    """Fourier features of raw coordinates of shape (..., 6): shape (..., 6 + 12 ``freqs``)."""
+    """Fourier features ``phi(v)`` of raw coordinates, scaled as the module says.
+
+    Parameters
+    ----------
+    raw : torch.Tensor
+        Shape (..., 6); stays as it is.
+    freqs : int
+        F.
+    norm : float
+        NORM.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape (..., 6 + 12 F): v, the sines of each coordinate's octaves in turn, and the cosines.
+
+    Examples
+    --------
+    >>> features(coordinates(1, 2, 2, None), freqs=1, norm=2.0)[:, :6]
+    tensor([[0.5000, 0.0000, 0.0000, 1.0000, 1.0000, 0.5000],
+            [0.5000, 0.5000, 0.0000, 1.0000, 1.0000, 0.5000]])
+    """
     scaled = raw / norm
     v = torch.cat([scaled[..., :3] / scaled[..., 3:], scaled[..., 3:]], dim=-1)
     octaves = math.pi * 2.0 ** torch.arange(freqs, dtype=v.dtype, device=v.device)

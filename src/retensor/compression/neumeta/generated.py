@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from retensor.compression.neumeta.field import WeightField, coordinates, shaped, values
-from retensor.compression.neumeta.space import Axis, check_width
+from retensor.compression.neumeta.space import Axis, Geometry, check_width
 from retensor.replacing import Replacement
 
 _KINDS: dict[str, Any] = {
@@ -47,6 +47,18 @@ class Generated(Replacement):
         The implicit functions of ``weight`` and ``bias``.
     full_weight, full_bias : torch.Tensor
         The values that they are fitted to at the full width.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Where the layer is of another kind, or the width is none.
+
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 3))
+    >>> from retensor.compression.neumeta import NeuMeta, WidthSpace
+    >>> NeuMeta(WidthSpace(net, "*", example=torch.zeros(1, 4)), hidden=8).layers["0"].extra_repr()
+    'Linear, 4 -> 12, kernel=(), width=12 of 12'
     """
 
     def __init__(
@@ -68,34 +80,29 @@ class Generated(Replacement):
             raise ValueError(f"a {layer!r} cannot be generated; {', '.join(_KINDS)} can")
         check_width(width)
         self.layer = layer
-        self.rows, self.columns = Axis(**rows), Axis(**columns)
-        self.reference, self.width = reference, width
-        self.kernel, self.numbers, self.of = tuple(kernel), tuple(numbers), of
+        self.geometry = Geometry(Axis(**rows), Axis(**columns), reference, tuple(kernel), len(numbers) > 1)
+        self.width = width
+        self.numbers, self.of = tuple(numbers), of
         self.field, self.settings = dict(field), dict(settings or {})
         self.fields = nn.ModuleDict({label: WeightField(**field) for label in ("weight", "bias")[: len(self.numbers)]})
-        self.register_buffer("full_weight", torch.zeros(self.rows.full, self.columns.full, *self.kernel))
-        self.register_buffer("full_bias", torch.zeros(self.rows.full) if len(self.numbers) > 1 else None)
+        shapes = self.geometry.shapes(reference)
+        self.register_buffer("full_weight", torch.zeros(shapes["weight"]))
+        self.register_buffer("full_bias", torch.zeros(shapes["bias"]) if "bias" in shapes else None)
 
     def config(self) -> dict[str, Any]:
         """Arguments of the class, as JSON has them."""
         return {
             "layer": self.layer,
-            "rows": vars(self.rows).copy(),
-            "columns": vars(self.columns).copy(),
-            "reference": self.reference,
+            "rows": vars(self.geometry.rows).copy(),
+            "columns": vars(self.geometry.columns).copy(),
+            "reference": self.geometry.reference,
             "width": self.width,
-            "kernel": list(self.kernel),
+            "kernel": list(self.geometry.kernel),
             "numbers": list(self.numbers),
             "of": self.of,
             "field": self.field,
             "settings": self.settings,
         }
-
-    def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the weight and the bias at a width."""
-        rows, columns = (axis.size(width, self.reference) for axis in (self.rows, self.columns))
-        shapes = {"weight": (rows, columns, *self.kernel), "bias": (rows,)}
-        return {label: shapes[label] for label in self.fields}
 
     def coordinates(self, width: int) -> dict[str, torch.Tensor]:
         """Raw coordinates of the entries of the weight and the bias at a width."""
@@ -106,12 +113,12 @@ class Generated(Replacement):
             label: coordinates(
                 number, self.of, shape[0], shape[1] if len(shape) > 1 else None, dtype=dtype, device=like.device
             )
-            for number, (label, shape) in zip(self.numbers, self.shapes(width).items(), strict=True)
+            for number, (label, shape) in zip(self.numbers, self.geometry.shapes(width).items(), strict=True)
         }
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The weight and the bias at the present width, without noise."""
-        raws, shapes = self.coordinates(self.width), self.shapes(self.width)
+        raws, shapes = self.coordinates(self.width), self.geometry.shapes(self.width)
         found = values([self.fields[label] for label in raws], list(raws.values()))
         return {label: shaped(value, shapes[label]) for label, value in zip(raws, found, strict=True)}
 
@@ -132,7 +139,7 @@ class Generated(Replacement):
         settings: dict[str, Any] = {"bias": bias is not None, "device": weight.device, "dtype": weight.dtype}
         if self.layer != "Linear":
             settings |= {key: _tuples(self.settings[key]) for key in ("stride", "padding", "dilation", "padding_mode")}
-            settings["kernel_size"] = self.kernel
+            settings["kernel_size"] = self.geometry.kernel
         # Its own initial values are not needed, and must not draw from the caller's random numbers.
         layer: nn.Module = nn.utils.skip_init(kind, weight.shape[1], weight.shape[0], **settings)
         with torch.no_grad():
@@ -149,12 +156,13 @@ class Generated(Replacement):
 
     def extra_repr(self) -> str:
         """The layer it stands for."""
-        shape = self.shapes(self.width)["weight"]
-        return f"{self.layer}, {shape[1]} -> {shape[0]}, kernel={self.kernel}, width={self.width} of {self.reference}"
+        rows, columns, *kernel = self.geometry.shapes(self.width)["weight"]
+        full = self.geometry.reference
+        return f"{self.layer}, {columns} -> {rows}, kernel={tuple(kernel)}, width={self.width} of {full}"
 
 
-def generated(layer: nn.Module, rows: Axis, columns: Axis, **arguments: Any) -> Generated:
-    """A generated layer for a plain one, which gives it its full values."""
+def generated(layer: nn.Module, geometry: Geometry, **arguments: Any) -> Generated:
+    """A generated layer for a plain one, at the full width, which gives it its full values."""
     settings: dict[str, Any] = {}
     if not isinstance(layer, nn.Linear):
         settings = {key: getattr(layer, key) for key in ("stride", "padding", "dilation", "padding_mode")}
@@ -162,8 +170,8 @@ def generated(layer: nn.Module, rows: Axis, columns: Axis, **arguments: Any) -> 
         settings["pad"] = list(layer._reversed_padding_repeated_twice)
     kind = next(name for name, (kind, _) in _KINDS.items() if isinstance(layer, kind))
     made = Generated(
-        layer=kind, rows=vars(rows).copy(), columns=vars(columns).copy(), kernel=list(layer.weight.shape[2:]),
-        settings=settings, **arguments,
+        layer=kind, rows=vars(geometry.rows), columns=vars(geometry.columns), reference=geometry.reference,
+        width=geometry.reference, kernel=geometry.kernel, settings=settings, **arguments,
     )  # fmt: skip
     made.to(device=layer.weight.device, dtype=layer.weight.dtype)
     made.full_weight.copy_(layer.weight.detach())

@@ -12,6 +12,7 @@ from torch import nn
 
 from retensor.errors import MissingExtraError, RetensorError
 from retensor.files import brief
+from retensor.graph.modes import evaluating
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Layers whose weight has rows for its outputs and columns for its inputs."""
@@ -55,6 +56,11 @@ class ChannelGroup:
     members: tuple[Member, ...]
     obstacles: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
+
+    @property
+    def movable(self) -> bool:
+        """Whether the channels can be reordered and resized: layers with weights alone make and read them."""
+        return bool(self.producers and self.consumers and not self.obstacles)
 
     @property
     def producers(self) -> tuple[str, ...]:
@@ -103,12 +109,22 @@ def channel_groups(net: nn.Module, example: Any) -> list[ChannelGroup]:
     example : torch.Tensor, tuple or mapping
         An input, arguments, or keyword arguments.
 
+    Returns
+    -------
+    list of ChannelGroup
+
     Raises
     ------
     MissingExtraError
         Where torch-pruning is not installed.
     RetensorError
         Where it cannot follow the network.
+
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    >>> sorted((group.channels, group.producers, group.consumers) for group in channel_groups(net, torch.zeros(1, 4)))
+    [(3, ('2',), ()), (6, ('0',), ('2',))]
     """
     found, names = _dependencies(net, example)
     return [_group(net, group, names) for group in found.get_all_groups()]
@@ -142,9 +158,9 @@ def _dependencies(net: nn.Module, example: Any) -> tuple[Any, dict[Any, str]]:
         raise MissingExtraError("finding channels that belong together", "compression") from error
     # The graph is read off the gradients' one, so every parameter needs one.
     wanted = {name: parameter.requires_grad for name, parameter in net.named_parameters()}
-    training = {name: module.training for name, module in net.named_modules()}
     try:
-        with torch.enable_grad(), warnings.catch_warnings():
+        # The tracer sets eval mode too, and leaves it.
+        with evaluating(net), torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for parameter in net.parameters():
                 parameter.requires_grad_(True)
@@ -157,8 +173,6 @@ def _dependencies(net: nn.Module, example: Any) -> tuple[Any, dict[Any, str]]:
     finally:
         for name, parameter in net.named_parameters():
             parameter.requires_grad_(wanted[name])
-        for name, module in net.named_modules():
-            module.training = training[name]
     return graph, {module: name for name, module in net.named_modules()}
 
 

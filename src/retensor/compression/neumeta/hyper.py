@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 from retensor.compression.neumeta.field import shaped, values
 from retensor.compression.neumeta.generated import Generated, generated
 from retensor.compression.neumeta.smoothing import exactly, fuse
-from retensor.compression.neumeta.space import WidthSpace, check_width, resample
+from retensor.compression.neumeta.space import WidthSpace, check_amounts, check_width
 from retensor.errors import RetensorError
 from retensor.files import brief, described
 from retensor.replacing.replace import copied, replace
@@ -53,6 +54,8 @@ class NeuMeta(nn.Module):
     --------
     >>> net = nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 3))
     >>> hyper = NeuMeta(WidthSpace(net, "*", example=torch.zeros(1, 4)), hidden=8, depth=2, freqs=2)
+    >>> from retensor.compression.neumeta import warm_start
+    >>> _ = warm_start(hyper, steps=5, widths=range(4, 13))
     >>> hyper.sample(width=5, k=1)
     Sequential(
       (0): Linear(in_features=4, out_features=5, bias=True)
@@ -79,7 +82,7 @@ class NeuMeta(nn.Module):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name} is a whole number from 1, not {described(size)}")
         shapes = space.shapes(space.full_width)
-        outputs = max(_elements(shape[2:]) for shape in shapes.values())
+        outputs = max(math.prod(shape[2:]) for shape in shapes.values())
         sizes = [size for shape in shapes.values() for size in shape[:2]]
         field = {
             "hidden": hidden, "depth": depth, "freqs": freqs, "outputs": outputs, "scale": scale,
@@ -92,8 +95,7 @@ class NeuMeta(nn.Module):
             for name in space.layers:
                 mine = [numbers[f"{name}.{label}"] for label in ("weight", "bias") if f"{name}.{label}" in numbers]
                 places[exactly(name)] = generated(
-                    space.net.get_submodule(name), space.axis(name, "out"), space.axis(name, "in"),
-                    reference=space.full_width, width=space.full_width, numbers=mine, of=len(shapes), field=field,
+                    space.net.get_submodule(name), space.geometry(name), numbers=mine, of=len(shapes), field=field,
                 )  # fmt: skip
         self.net = replace(space.net, places)
         for parameter in self.net.parameters():
@@ -101,6 +103,10 @@ class NeuMeta(nn.Module):
         for layer in self.layers.values():
             layer.fields.requires_grad_(True)
         self.register_buffer("trained", torch.zeros(2, dtype=torch.int64))
+        # Of every group that can be reordered, so that any family of the network has the same names.
+        self._movable = tuple(space.movable)
+        for i, (producers, channels) in enumerate(space.movable.items()):
+            self.register_buffer(f"order_{i}", torch.tensor(space.orders.get(producers, range(channels))))
 
     @property
     def layers(self) -> dict[str, Generated]:
@@ -110,7 +116,7 @@ class NeuMeta(nn.Module):
     @property
     def full_width(self) -> int:
         """H, the width of the network it was made of."""
-        return next(iter(self.layers.values())).reference
+        return next(iter(self.layers.values())).geometry.reference
 
     @property
     def width(self) -> int:
@@ -123,6 +129,12 @@ class NeuMeta(nn.Module):
         for layer in self.layers.values():
             layer.width = width
 
+    @property
+    def orders(self) -> dict[tuple[str, ...], list[int]]:
+        """How channels were reordered, as in :class:`WidthSpace`: to undo it, ``torch.tensor(order).argsort()``."""
+        found = {producers: self.get_buffer(f"order_{i}").tolist() for i, producers in enumerate(self._movable)}
+        return {producers: order for producers, order in found.items() if order != sorted(order)}
+
     def forward(self, *arguments: Any, **named: Any) -> Any:
         """The network of the present width, of one sample without noise."""
         return self.net(*arguments, **named)
@@ -132,9 +144,16 @@ class NeuMeta(nn.Module):
         return [parameter for layer in self.layers.values() for parameter in layer.fields.parameters()]
 
     def generated_parameters(self, width: int) -> int:
-        """Elements of the tensors that are generated at a width."""
+        """Elements of the tensors that are generated at a width.
+
+        Raises
+        ------
+        ValueError
+            Where the width is below 1.
+        """
         check_width(width)
-        return sum(_elements(shape) for layer in self.layers.values() for shape in layer.shapes(width).values())
+        shapes = [shape for layer in self.layers.values() for shape in layer.geometry.shapes(width).values()]
+        return sum(map(math.prod, shapes))
 
     def targets(self) -> dict[str, torch.Tensor]:
         """Values of the generated tensors in the network it was made of, by name."""
@@ -146,11 +165,12 @@ class NeuMeta(nn.Module):
 
     def resampled(self, width: int) -> dict[str, torch.Tensor]:
         """The targets at another width, as :meth:`WidthSpace.resampled` has them."""
-        found: dict[str, torch.Tensor] = {}
-        for name, layer in self.layers.items():
-            parts = resample(layer.full_weight, layer.full_bias, layer.rows, layer.columns, width, layer.reference)
-            found |= {f"{name}.{label}": part for label, part in parts.items()}
-        return found
+        check_width(width)
+        return {
+            f"{name}.{label}": part
+            for name, layer in self.layers.items()
+            for label, part in layer.geometry.resampled(layer.full_weight, layer.full_bias, width).items()
+        }
 
     def weights(
         self, width: int, *, noise: float = 0.0, generator: torch.Generator | None = None
@@ -164,11 +184,24 @@ class NeuMeta(nn.Module):
             nu: ``U(-0.5, 0.5) nu`` is added to all six raw coordinates of every entry.
         generator : torch.Generator, optional
             Of the noise, on the CPU; torch's own by default.
+
+        Raises
+        ------
+        ValueError
+            Where the width is below 1, or the noise is below 0 or not finite.
+
+        Examples
+        --------
+        >>> net = nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 3))
+        >>> hyper = NeuMeta(WidthSpace(net, "*", example=torch.zeros(1, 4)), hidden=8, depth=2, freqs=2)
+        >>> {name: tuple(value.shape) for name, value in hyper.weights(5).items()}
+        {'0.weight': (5, 4), '0.bias': (5,), '2.weight': (3, 5), '2.bias': (3,)}
         """
         check_width(width)
+        check_amounts(noise=noise)
         names, fields, raws, shapes = [], [], [], []
         for name, layer in self.layers.items():
-            mine = layer.shapes(width)
+            mine = layer.geometry.shapes(width)
             for label, raw in layer.coordinates(width).items():
                 if noise:
                     drawn = torch.rand(raw.shape, generator=generator, dtype=raw.dtype)
@@ -211,12 +244,13 @@ class NeuMeta(nn.Module):
         Raises
         ------
         ValueError
-            Where the width is below 1, ``params`` not above 0, both or neither are given, or ``k`` is below 1.
+            Where the width is below 1, ``params`` not above 0, both or neither are given, ``k`` is below 1, or the
+            noise is below 0 or not finite.
 
         Warns
         -----
         UserWarning
-            Where the width is outside of those it was fitted at.
+            Where the width is outside of those it was fitted at, or it was never fitted.
         """
         if (width is None) == (params is None):
             raise ValueError("give a width, or the part of parameters to keep as params, and not both")
@@ -227,12 +261,18 @@ class NeuMeta(nn.Module):
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ValueError(f"the mean is over k samples, at least 1, not {described(k)}")
         least, most = self.trained.tolist()
-        if most and not least <= width <= most:
+        if not most:
+            warnings.warn(
+                "the family was never fitted, so its weights are no better than random; use warm_start and fit before",
+                stacklevel=2,
+            )
+        elif not least <= width <= most:
             warnings.warn(
                 f"width {width} is outside of {least} to {most}, which the family was fitted at; measure it before "
                 "you use it",
                 stacklevel=2,
             )
+        check_amounts(noise=noise)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             mean = {name: value.double() for name, value in self.weights(width).items()}
@@ -260,7 +300,15 @@ class NeuMeta(nn.Module):
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the family to one safetensors file (:func:`retensor.save`); :func:`load` reads it."""
+        """Write the family to one safetensors file (:func:`retensor.save`); :func:`load` reads it.
+
+        The fixed layers, the weights it was fitted to and the channels' orders are in it as well.
+
+        Raises
+        ------
+        RetensorError, OSError
+            Where the file cannot be written.
+        """
         save(self, path)
 
     def _width_of(self, params: float) -> int:
@@ -294,6 +342,18 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, example: Any) -> Neu
     ------
     RetensorError
         Where the file is missing, damaged, or holds no family of this model.
+
+    Examples
+    --------
+    >>> import pathlib, tempfile
+    >>> net = nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 3))
+    >>> hyper = NeuMeta(WidthSpace(net, "*", example=torch.zeros(1, 4)), hidden=8, depth=2, freqs=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = pathlib.Path(folder, "family.safetensors")
+    ...     hyper.save(path)
+    ...     again = load(path, net, example=torch.zeros(1, 4))
+    >>> torch.equal(again(torch.ones(1, 4)), hyper(torch.ones(1, 4)))
+    True
     """
     kinds = [entry for entry in read_header(path)["replacements"] if entry["kind"] == Generated.kind()]
     names = [entry["name"].removeprefix("net.") for entry in kinds]
@@ -321,10 +381,3 @@ def skeleton(hyper: NeuMeta) -> nn.Module:
         {exactly(name): layer.plain(layer.full_weight, layer.full_bias) for name, layer in hyper.layers.items()},
     )
     return net.requires_grad_(False)
-
-
-def _elements(shape: Any) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

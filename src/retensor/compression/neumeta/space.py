@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from retensor.compression.neumeta.groups import LAYERS, ChannelGroup, Member, channel_groups, expanded
+from retensor.compression.neumeta.groups import LAYERS, ChannelGroup, Member, channel_groups, expanded, normalised
 from retensor.compression.neumeta.smoothing import Solver, fuse, outputs_of, smooth_, total_variation
 from retensor.errors import RetensorError
 from retensor.files import brief, described
@@ -38,7 +38,11 @@ class Axis:
     per: int = 1
 
     def size(self, width: int, reference: int) -> int:
-        """Rows or columns at a width, where the full one is ``reference``."""
+        """Rows or columns at a width, where the full one is ``reference``.
+
+        >>> Axis(full=32, channels=16, per=2).size(4, reference=8), Axis(full=32).size(4, reference=8)
+        (16, 32)
+        """
         return self.full if not self.channels else self.per * _channels(self.channels, width, reference)
 
     def source(self, width: int, reference: int) -> torch.Tensor:
@@ -52,6 +56,37 @@ class Axis:
 
 def _channels(full: int, width: int, reference: int) -> int:
     return max(1, math.floor(full * width / reference + 0.5))
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The shapes of a generated layer's tensors at any width, and its full tensors at any width.
+
+    Attributes
+    ----------
+    rows, columns : Axis
+    reference : int
+        The full width.
+    kernel : tuple of int
+    bias : bool
+    """
+
+    rows: Axis
+    columns: Axis
+    reference: int
+    kernel: tuple[int, ...] = ()
+    bias: bool = True
+
+    def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of ``weight`` and ``bias`` at a width."""
+        rows, columns = (axis.size(width, self.reference) for axis in (self.rows, self.columns))
+        return {"weight": (rows, columns, *self.kernel)} | ({"bias": (rows,)} if self.bias else {})
+
+    def resampled(self, weight: torch.Tensor, bias: torch.Tensor | None, width: int) -> dict[str, torch.Tensor]:
+        """Full tensors along the channels' path at another width; see :meth:`WidthSpace.resampled`."""
+        mine, theirs = (axis.source(width, self.reference).to(weight.device) for axis in (self.rows, self.columns))
+        found = {"weight": weight[mine][:, theirs] * (self.columns.full / len(theirs))}
+        return found if bias is None else found | {"bias": bias[mine]}
 
 
 class WidthSpace:
@@ -75,6 +110,8 @@ class WidthSpace:
         Generated layers, in the network's order.
     groups : tuple of ChannelGroup
         Channels whose number changes: those that only generated layers make and read.
+    movable : mapping of tuple of str to int
+        All groups that can be reordered, of fixed layers too: the layers that make their channels, and how many.
     full_width : int
         Channels of the first of these groups; a width is given in them, and the other groups change in proportion.
     orders : mapping of tuple of str to list of int
@@ -104,11 +141,12 @@ class WidthSpace:
         self.net = copied(model).eval()
         self.layers = _generated(self.net, [layers] if isinstance(layers, str) else list(layers))
         groups = channel_groups(self.net, example)
-        _refuse(self.net, self.layers, groups)
-        self.groups = tuple(group for group in groups if _inner(group, self.layers))
+        _refuse(self.net, self.layers, groups, normalised(self.net, example))
         # In the network's order, so that the reference is the first.
         place = {name: i for i, (name, _) in enumerate(self.net.named_modules())}
-        self.groups = tuple(sorted(self.groups, key=lambda group: place[group.producers[0]]))
+        movable = sorted((group for group in groups if group.movable), key=lambda group: place[group.producers[0]])
+        self.movable = {group.producers: group.channels for group in movable}
+        self.groups = tuple(group for group in movable if _within(group, self.layers))
         _refuse_fixed(self.layers, self.groups, groups)
         self.full_width = self.groups[0].channels
         self.orders: dict[tuple[str, ...], list[int]] = {}
@@ -116,14 +154,20 @@ class WidthSpace:
         self.variation = (variation, variation)
         self._check_another_width(example)
 
-    def axis(self, layer: str, side: str) -> Axis:
-        """The rows (``"out"``) or columns (``"in"``) of a generated layer's weight."""
-        full = int(self.net.get_submodule(layer).weight.shape[0 if side == "out" else 1])
-        for group in self.groups:
-            for member in group.members:
-                if (member.layer, member.side) == (layer, side):
-                    return Axis(full, group.channels, member.per)
-        return Axis(full)
+    def geometry(self, name: str) -> Geometry:
+        """The shapes of a generated layer at any width."""
+        layer = self.net.get_submodule(name)
+        rows, columns, *kernel = layer.weight.shape
+        sides = {
+            member.side: (group.channels, member.per)
+            for group in self.groups
+            for member in group.members
+            if member.layer == name
+        }
+        return Geometry(
+            Axis(rows, *sides.get("out", ())), Axis(columns, *sides.get("in", ())), self.full_width, tuple(kernel),
+            layer.bias is not None,
+        )  # fmt: skip
 
     def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the generated tensors at a width, by name.
@@ -134,18 +178,20 @@ class WidthSpace:
             Where the width is below 1.
         """
         check_width(width)
-        found: dict[str, tuple[int, ...]] = {}
-        for name in self.layers:
-            layer = self.net.get_submodule(name)
-            rows = self.axis(name, "out").size(width, self.full_width)
-            columns = self.axis(name, "in").size(width, self.full_width)
-            found[f"{name}.weight"] = (rows, columns, *layer.weight.shape[2:])
-            if layer.bias is not None:
-                found[f"{name}.bias"] = (rows,)
-        return found
+        return {
+            f"{name}.{label}": shape
+            for name in self.layers
+            for label, shape in self.geometry(name).shapes(width).items()
+        }
 
     def parameters(self, width: int) -> int:
-        """Elements of the generated tensors at a width."""
+        """Elements of the generated tensors at a width.
+
+        Raises
+        ------
+        ValueError
+            Where the width is below 1.
+        """
         return sum(math.prod(shape) for shape in self.shapes(width).values())
 
     def resampled(self, width: int) -> dict[str, torch.Tensor]:
@@ -153,15 +199,18 @@ class WidthSpace:
 
         ``W_h[i] = W[floor((i+.5) H/h)]`` along the rows and columns that change, and columns times H/h, so that sums
         over channels keep their size.
+
+        Raises
+        ------
+        ValueError
+            Where the width is below 1.
         """
         check_width(width)
         found: dict[str, torch.Tensor] = {}
         for name in self.layers:
             layer = self.net.get_submodule(name)
-            parts = resample(
-                layer.weight.detach(), None if layer.bias is None else layer.bias.detach(), self.axis(name, "out"),
-                self.axis(name, "in"), width, self.full_width,
-            )  # fmt: skip
+            bias = None if layer.bias is None else layer.bias.detach()
+            parts = self.geometry(name).resampled(layer.weight.detach(), bias, width)
             found |= {f"{name}.{label}": part for label, part in parts.items()}
         return found
 
@@ -229,22 +278,19 @@ def fuse_and_smooth(
     return space
 
 
-def resample(
-    weight: torch.Tensor, bias: torch.Tensor | None, rows: Axis, columns: Axis, width: int, reference: int
-) -> dict[str, torch.Tensor]:
-    """A weight and a bias along the channels' path at another width; see :meth:`WidthSpace.resampled`."""
-    check_width(width)
-    mine, theirs = (axis.source(width, reference).to(weight.device) for axis in (rows, columns))
-    found = {"weight": weight[mine][:, theirs] * (columns.full / len(theirs))}
-    return found if bias is None else found | {"bias": bias[mine]}
-
-
 def check_width(width: Any) -> None:
     """Refuse what is no width."""
     if isinstance(width, bool) or not isinstance(width, int):
         raise TypeError(f"a width is a whole number of channels, not {described(width)}")
     if width < 1:
         raise ValueError(f"a width is at least 1 channel, not {width}")
+
+
+def check_amounts(**amounts: Any) -> None:
+    """Refuse what is no finite number from 0 on."""
+    for name, amount in amounts.items():
+        if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 <= amount < math.inf:
+            raise ValueError(f"{name} is a finite number, 0 or above, not {described(amount)}")
 
 
 class _Run(nn.Module):
@@ -282,17 +328,12 @@ def _generated(net: nn.Module, patterns: Sequence[Any]) -> tuple[str, ...]:
     return chosen
 
 
-def _inner(group: ChannelGroup, layers: Iterable[str]) -> bool:
-    return bool(
-        group.producers
-        and group.consumers
-        and not group.obstacles
-        and all(member.layer in layers for member in group.members)
-    )
+def _within(group: ChannelGroup, layers: Iterable[str]) -> bool:
+    return bool(group.members) and all(member.layer in layers for member in group.members)
 
 
-def _refuse(net: nn.Module, layers: Sequence[str], groups: Sequence[ChannelGroup]) -> None:
-    """Name what cannot be generated at other widths."""
+def _refuse(net: nn.Module, layers: Sequence[str], groups: Sequence[ChannelGroup], norms: Mapping[str, str]) -> None:
+    """Name what cannot be generated at other widths; ``norms`` are those that would still fuse, by layer."""
     for name in layers:
         if getattr(net.get_submodule(name), "groups", 1) != 1:
             raise ValueError(
@@ -300,7 +341,7 @@ def _refuse(net: nn.Module, layers: Sequence[str], groups: Sequence[ChannelGroup
                 "name other layers"
             )
     for group in groups:
-        if not all(member.layer in layers for member in group.members) or not group.members:
+        if not _within(group, layers):
             continue
         if group.norms:
             raise ValueError(
@@ -311,6 +352,12 @@ def _refuse(net: nn.Module, layers: Sequence[str], groups: Sequence[ChannelGroup
             raise ValueError(
                 f"the channels of '{group.members[0].layer}' are also those of {group.obstacles[0]}, which is not "
                 "generated at other widths; name other layers"
+            )
+    for name in layers:
+        if name in norms:
+            raise ValueError(
+                f"the outputs of '{name}' go through the batch normalisation '{norms[name]}', which is not fused; load "
+                "the trained values, then use fuse or fuse_and_smooth"
             )
 
 
