@@ -57,6 +57,29 @@ def test_what_stays_dense_is_told() -> None:
     assert [choice.kept for choice in ap.choices(nested, rank=2, exclude=(nn.Conv2d,))] == ["excluded"] * 2
 
 
+def test_classes_derived_from_convolutions_are_listed_and_left() -> None:
+    class Padded(nn.Conv2d):
+        pass
+
+    model = nn.Sequential(Padded(4, 4, 3), nn.Conv2d(4, 4, 3))
+    first, second = ap.choices(model, rank=2)
+    assert (first.name, first.rank, first.kept) == ("0", None, "Padded may compute otherwise")
+    assert not first.missed
+    assert second.rank == (2,)
+    assert type(ap.compress(model, rank=2)[0]) is Padded
+    with pytest.raises(ValueError, match="'0' has no shape yet"):
+        ap.choices(nn.Sequential(nn.LazyConv2d(4, 3)), rank=2)
+
+
+def test_what_is_excluded_must_be_there() -> None:
+    with pytest.raises(TypeError, match=r"exclude is 'head'; a sequence of patterns, such as \('head',\)"):
+        ap.compress(net(), rank=2, exclude="head")
+    with pytest.raises(ValueError, match="exclude names 'head', which no layer is; names here are such as '0'"):
+        ap.compress(net(), rank=2, exclude=("0", "head"))
+    # A layer that is there and no convolution does no harm.
+    assert ap.choices(net(), rank=2, exclude=("1",))[0].rank == (2,)
+
+
 def test_biases_types_modes_and_frozen_weights_are_kept() -> None:
     model = net().double().eval()
     model[0].weight.requires_grad_(False)
@@ -85,8 +108,33 @@ def test_fitted_ranks_keep_to_the_tolerance_with_the_least_rank(name: str) -> No
     small = ap.compress(nn.Sequential(conv), rank="fit", format=name, from_weights=True, tol=1e-3)
     x = torch.randn(2, 10, 9, 9, generator=generator)
     assert (small(x) - conv(x)).norm() <= 2e-3 * conv(x).norm()
-    (kept,) = ap.choices(nn.Sequential(nn.Conv2d(10, 12, 5)), rank="fit", format=name, tol=1e-3)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        full = nn.Conv2d(10, 12, 5)
+    (kept,) = ap.choices(nn.Sequential(full), rank="fit", format=name, tol=1e-3)
+    assert kept.missed
     assert "no rank below the dense size is within tol=0.001" in kept.kept
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_fitted_ranks_of_tucker_are_those_of_each_mode(groups: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    conv = nn.Conv2d(10 * groups, 12 * groups, 5, groups=groups)
+    with torch.no_grad():
+        low = ap.FactoredConv2d(
+            10 * groups, 12 * groups, 5, groups=groups, rank=(4, 3, 5, 1), format="tucker", generator=generator
+        )
+        conv.weight.copy_(low.kernel())
+    # Filters of full size along an axis are among them.
+    (choice,) = ap.choices(nn.Sequential(conv), rank="fit", format="tucker", tol=1e-4)
+    assert choice.rank == (4, 3, 5, 1)
+    noisy = conv.weight.detach() + 0.05 * conv.weight.std() * torch.randn(conv.weight.shape, generator=generator)
+    with torch.no_grad():
+        conv.weight.copy_(noisy)
+    for tol in (0.1, 0.2, 0.5):
+        (choice,) = ap.choices(nn.Sequential(conv), rank="fit", format="tucker", tol=tol)
+        assert choice.error is not None
+        assert choice.error <= tol
 
 
 def test_trained_weights_at_a_given_rank_are_the_best_of_that_rank() -> None:
@@ -150,6 +198,16 @@ def test_the_summary_adds_up_with_the_model_and_the_cost_sheet() -> None:
         ap.summary(small, "1x2x8x8")  # type: ignore[arg-type]
 
 
+def test_a_summary_leaves_the_mode_of_every_module() -> None:
+    small = ap.compress(net(), rank=3)
+    small[3].eval()
+    ap.summary(small, (1, 2, 8, 8))
+    assert [part.training for part in small] == [True, True, True, False, True, True]
+    with pytest.raises(RuntimeError):
+        ap.summary(small, (1, 3, 8, 8))
+    assert [part.training for part in small] == [True, True, True, False, True, True]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -164,6 +222,7 @@ def test_the_summary_adds_up_with_the_model_and_the_cost_sheet() -> None:
         ({"rank": 2, "min_kernel": 0}, "min_kernel is 0"),
         ({"rank": 2, "init": "ones"}, "init is 'ones'"),
         ({"rank": 2, "format": "svd"}, "format is 'svd'"),
+        ({"rank": "fit", "from_weights": True, "tol": 1.5}, r"tol is 1\.5"),
         ({"rank": 2, "exclude": ("**",)}, "none of 4 convolutions"),
     ],
 )
@@ -175,5 +234,7 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> Non
 def test_bad_kinds_are_named() -> None:
     with pytest.raises(TypeError, match=r"convolutions of an nn\.Module"):
         ap.compress("resnet18", rank=2)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="tol is 'x'"):
+        ap.compress(net(), rank="fit", from_weights=True, tol="x")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="Linear is no plain convolution"):
         ap.factored(nn.Linear(2, 2), 2)

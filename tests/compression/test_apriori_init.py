@@ -34,9 +34,9 @@ def test_the_product_has_kaimings_variance(name: str, groups: int) -> None:
     layer = ap.FactoredConv2d(8, 12, (3, 5), groups=groups, rank=6, format=name)
     fan_in, fan_out = 15 * 8 / groups, 15 * 12 / groups
     # Products of four normal factors scatter widely; 400 draws of 1,440 elements and more.
-    assert drawn(layer, "match", 400) == pytest.approx(2 / fan_in, rel=0.1)
-    assert drawn(layer, "xavier", 400) == pytest.approx(2 / (fan_in + fan_out), rel=0.1)
-    assert drawn(layer, "match", 400, variance=0.3) == pytest.approx(0.3, rel=0.1)
+    assert drawn(layer, "match", 400) == pytest.approx(2 / fan_in, rel=0.03)
+    assert drawn(layer, "xavier", 400) == pytest.approx(2 / (fan_in + fan_out), rel=0.03)
+    assert drawn(layer, "match", 400, variance=0.3) == pytest.approx(0.3, rel=0.03)
     assert drawn(layer, "decompose", 1) == pytest.approx(2 / fan_in, rel=1e-5)
     assert drawn(layer, "default", 400) == pytest.approx(3.0 ** -len(layer.factors) / fan_in, rel=0.1)
     assert layer.bias.abs().sum() != 0
@@ -87,8 +87,10 @@ def test_twenty_layers_keep_the_signal_as_dense_ones_do_and_default_factors_lose
         lost = logs(factored("default"))
     means = {key: torch.stack(found).mean(0) for key, found in nets.items()}
     apart = (means["match"] - means["dense"]).abs()
-    assert (apart < math.log(2) * torch.arange(1, 21)).all()
-    assert apart[-1] < 20 * math.log(2) / 2
+    # A layer at a time is within a factor of two, and all together within 1.2 a layer unless chance explains more.
+    assert (apart[:5] < math.log(2) * torch.arange(1, 6)).all()
+    error = sum(torch.stack(found)[:, -1].var() / len(found) for found in nets.values()) ** 0.5
+    assert apart[-1] < max(20 * math.log(1.2), 3.5 * error)
     assert lost[-1] - means["dense"][-1] < 20 * math.log(0.4)
 
 
@@ -125,12 +127,7 @@ def test_kernels_of_low_rank_are_found_again_and_no_rank_does_worse_than_a_lower
         kernel = form.kernel(shape, factors)
         found = decompose(kernel, form, shape, ranks)
         assert {key: tuple(factor.shape) for key, factor in found.items()} == sizes
-        if name == "separable" and dims == 3:
-            # One problem for each pair of channels; alternating least squares may stall in a few.
-            apart = (kernel - form.kernel(shape, found)).flatten(2).norm(dim=2) / kernel.flatten(2).norm(dim=2)
-            assert (apart < 1e-5).double().mean() > 0.8
-        else:
-            assert error(kernel, form, shape, found) < 1e-5, name
+        assert error(kernel, form, shape, found) < 1e-12, name
         noise = torch.randn(kernel.shape, generator=generator, dtype=torch.float64)
         errors = [error(noise, form, shape, decompose(noise, form, shape, resolved(form, shape, r))) for r in (1, 2, 4)]
         assert errors == sorted(errors, reverse=True), name

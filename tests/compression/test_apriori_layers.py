@@ -71,6 +71,27 @@ def plain_layers(draw: Any) -> tuple[Any, torch.Tensor]:
     return layer, torch.randn(2, layer.in_channels, *sizes, dtype=torch.float64)
 
 
+@st.composite
+def transposed_layers(draw: Any) -> tuple[Any, torch.Tensor]:
+    dims, groups = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    each = st.integers(1, 3)
+    layer = made(
+        TRANSPOSED[dims],
+        groups * draw(each),
+        groups * draw(each),
+        *(tuple(draw(st.integers(*ends)) for _ in range(dims)) for ends in ((2, 3), (1, 2), (0, 1))),
+        groups=groups,
+        dilation=draw(each),
+        bias=draw(st.booleans()),
+        rank=draw(each),
+        format=draw(st.sampled_from(formats(dims))),
+        seed=draw(st.integers(0, 99)),
+    )
+    return layer, torch.randn(
+        2, layer.in_channels, *(draw(st.integers(4, 6)) for _ in range(dims)), dtype=torch.float64
+    )
+
+
 @settings(max_examples=80, deadline=None)
 @given(plain_layers())
 def test_the_chain_equals_the_dense_layer_and_so_does_the_kernel(drawn: tuple[Any, torch.Tensor]) -> None:
@@ -87,8 +108,8 @@ def test_the_chain_equals_the_dense_layer_and_so_does_the_kernel(drawn: tuple[An
         )
 
 
-@settings(max_examples=40, deadline=None)
-@given(plain_layers(), st.booleans())
+@settings(max_examples=60, deadline=None)
+@given(st.one_of(plain_layers(), transposed_layers()), st.booleans())
 def test_gradients_of_factors_are_those_through_the_kernel(drawn: tuple[Any, torch.Tensor], recompute: bool) -> None:
     layer, x = drawn
     layer.recompute = recompute
@@ -118,7 +139,10 @@ def test_transposed_layers_equal_torchs(dims: int, groups: int) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 0.06), (torch.float64, 1e-12)])
+@pytest.mark.parametrize(
+    ("dtype", "rounding"),
+    [(torch.float32, 1e-5), (torch.float16, 0.008), (torch.bfloat16, 0.06), (torch.float64, 1e-12)],
+)
 def test_parity_in_every_precision(name: str, dtype: torch.dtype, rounding: float) -> None:
     generator = torch.Generator().manual_seed(1)
     layer = ap.FactoredConv2d(6, 8, 3, padding=1, groups=2, rank=3, format=name, generator=generator, dtype=dtype)
@@ -149,16 +173,18 @@ def test_the_einsum_kernel_agrees_with_the_chain_at_stride_dilation_and_uneven_s
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize("name", ["cp", "tucker", "tt"])
-def test_equal_to_tensorly_torch_with_copied_factors(dims: int, name: str) -> None:
+def test_equal_to_tensorly_torch_with_copied_factors(dims: int, name: str, dilation: int) -> None:
     tltorch = pytest.importorskip("tltorch")
     kernel = (3, 5, 2)[:dims]
     ranks: Any = {"cp": 4, "tucker": (4, 3, *(2,) * dims), "tt": (3, *range(2, 2 + dims))}[name]
-    layer = made(PLAIN[dims], 3, 6, kernel, 2, 1, rank=ranks, format=name)
+    layer = made(PLAIN[dims], 3, 6, kernel, 2, 1, dilation, rank=ranks, format=name)
     given_rank = (1, *ranks, 1) if name == "tt" else ranks
     peer = tltorch.FactorizedConv(
-        3, 6, kernel, stride=2, padding=1, bias=True, factorization=name, rank=given_rank, implementation="factorized"
-    ).double()
+        3, 6, kernel, stride=2, padding=1, dilation=dilation, bias=True, factorization=name, rank=given_rank,
+        implementation="factorized",
+    ).double()  # fmt: skip
     mine = {key: factor.detach()[0] for key, factor in layer.factors.items()}
     axes = [mine[f"axis{i}"] for i in range(dims)]
     with torch.no_grad():
@@ -257,6 +283,30 @@ def test_recomputing_layers_can_be_exported_and_give_parameters_without_inputs_t
     assert torch.allclose(layer.bias.grad, torch.full((6,), 3.0 * 64))
 
 
+def test_recomputation_goes_with_torch_func_and_autocast() -> None:
+    layer = made(ap.CPConv2d, 4, 6, 3, padding=1, rank=3, recompute=True)
+    x = torch.randn(3, 4, 8, 8, dtype=torch.float64)
+
+    def loss(parameters: Any) -> torch.Tensor:
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    found = torch.func.grad(loss)({name: value.detach() for name, value in layer.named_parameters()})
+    loss(dict(layer.named_parameters())).backward()
+    for name, parameter in layer.named_parameters():
+        close(found[name], parameter.grad)
+    layer.float().zero_grad()
+    kept = copy.deepcopy(layer)
+    kept.recompute = False
+    for each in (layer, kept):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = each(x.float())
+        assert y.dtype is torch.bfloat16
+        y.float().square().sum().backward()
+    for mine, theirs in zip(layer.parameters(), kept.parameters(), strict=True):
+        # One part of the batch after another is rounded to bfloat16.
+        assert (mine.grad - theirs.grad).norm() <= 2**-7 * theirs.grad.norm()
+
+
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
@@ -324,6 +374,8 @@ def test_memory_formats_go_through_as_with_torchs_layers(name: str) -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3), layer).to(memory_format=torch.channels_last)
     assert torch.isfinite(model(last)).all()
     assert next(model.double().parameters()).dtype is layer.bias.dtype is torch.float64
-    layer.channels_last = False
     layer.float()
-    close(layer(last), layer(x), 1e-5)
+    expected = layer(x)
+    layer.channels_last = False
+    close(layer(last), expected, 1e-5)
+    close(layer(x), expected, 1e-5)

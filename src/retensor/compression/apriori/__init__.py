@@ -33,7 +33,7 @@ from retensor.compression.apriori.layers import (
 )
 from retensor.compression.apriori.simulator import FieldDecoder, WaveStepper, pairs, relative_l2, rollout, step_loss
 from retensor.compression.apriori.summary import Row, Summary, summary
-from retensor.compression.apriori.waves import Mesh, energy, leapfrog, newmark, wave2d
+from retensor.compression.apriori.waves import Mesh, Trajectory, energy, leapfrog, newmark, wave2d
 
 __all__ = [
     "FORMATS",
@@ -54,6 +54,7 @@ __all__ = [
     "Mesh",
     "Row",
     "Summary",
+    "Trajectory",
     "WaveStepper",
     "balance_",
     "balancer",

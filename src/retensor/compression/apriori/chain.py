@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from retensor.compression.apriori.formats import Stage
+from retensor.compression.apriori.formats import Stage, swapped
 
 CONVOLUTION = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 TRANSPOSED = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}
@@ -52,7 +52,7 @@ def run_recomputed(
     """``forward(x, *parameters)`` that keeps ``x`` alone for the backward pass.
 
     There the chain is run again for an eighth of the batch at a time, so that what lies between its stages is never
-    whole in memory.
+    whole in memory. A batch of one has no parts.
     """
     result: torch.Tensor = _Recomputed.apply(x, forward, *parameters)
     return result
@@ -63,6 +63,13 @@ class _Recomputed(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, forward: Callable[..., torch.Tensor], *parameters: torch.Tensor) -> Any:
         ctx.save_for_backward(x, *parameters)
         ctx.chain = forward
+        kind = x.device.type
+        # The chain is run again in the precision of the first time.
+        ctx.cast = {
+            "device_type": kind,
+            "enabled": torch.is_autocast_enabled(kind),
+            "dtype": torch.get_autocast_dtype(kind),
+        }
         return forward(x, *parameters)
 
     @staticmethod
@@ -74,7 +81,7 @@ class _Recomputed(torch.autograd.Function):
         sums: list[torch.Tensor | None] = [None] * len(parameters)
         size = max(1, -(-len(x) // CHUNKS))
         for at in range(0, len(x), size):
-            with torch.enable_grad():
+            with torch.enable_grad(), torch.autocast(**ctx.cast):
                 part = x[at : at + size].detach().requires_grad_(wanted[0])
                 leaves = [p.detach().requires_grad_(w) for p, w in zip(parameters, wanted[1:], strict=True)]
                 y = ctx.chain(part, *leaves)
@@ -102,7 +109,7 @@ def _stage(x: torch.Tensor, stage: Stage, geometry: Geometry, bias: torch.Tensor
         return tuple(values[i] if i in stage.axes else other for i in range(dims))
 
     if geometry.transposed:
-        weight = stage.weight.unflatten(0, (stage.groups, -1)).transpose(1, 2).flatten(0, 1)
+        weight = swapped(stage.weight, stage.groups)
         cut = here([before for before, _ in geometry.padding], 0)
         return TRANSPOSED[dims](
             x, weight, bias, here(geometry.stride, 1), cut, here(geometry.output_padding, 0), stage.groups,

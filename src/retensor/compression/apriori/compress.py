@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from retensor.compression.apriori import layers
-from retensor.compression.apriori.decompose import decompose, error
+from retensor.compression.apriori.decompose import decompose, error, ranks_within
 from retensor.compression.apriori.factored import Factored, Implementation, Init
-from retensor.compression.apriori.formats import Format, Shape, format_named, resolved
+from retensor.compression.apriori.formats import Format, Shape, format_named, resolved, swapped
 from retensor.compression.apriori.init import INITS, initialise_
 from retensor.files import described
 from retensor.replacing import replace
-from retensor.replacing.match import Pattern, exactly, meaning
+from retensor.replacing.match import Pattern, exactly, matching, meaning, shown, suggestions
 
 KINDS: dict[type[nn.Module], type[Factored]] = {
     nn.Conv1d: layers.FactoredConv1d,
@@ -44,6 +45,8 @@ class Choice:
         Of the kernel, before and after; the bias stays.
     kept : str
         Why it stays dense; empty where it does not.
+    missed : bool
+        Whether it stays dense because no rank reaches the ratio or the tolerance.
     error : float or None
         Relative distance of the kernels, where weights are decomposed to a tolerance.
     """
@@ -53,6 +56,7 @@ class Choice:
     dense_parameters: int
     parameters: int
     kept: str = ""
+    missed: bool = False
     error: float | None = None
 
 
@@ -67,7 +71,22 @@ def choices(
     tol: float = 1e-2,
     seed: int = 0,
 ) -> list[Choice]:
-    """What :func:`compress` does with each convolution of a model, and why it keeps some; arguments are the same.
+    """What :func:`compress` does with each convolution of a model, and why it keeps some.
+
+    Parameters
+    ----------
+    model, ratio, rank, format, min_kernel, exclude, tol, seed
+        As of :func:`compress`; with ``rank="fit"`` the weights that the model has are fitted.
+
+    Returns
+    -------
+    list of Choice
+        One for each convolution, those of derived classes too, in the model's order.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Where an argument is none of these, or a pattern means no layer.
 
     Examples
     --------
@@ -79,14 +98,18 @@ def choices(
     3 None 24 24 no axis of its kernel reaches min_kernel=3
     """
     _check(model, ratio, rank, min_kernel, tol)
-    excluded = [meaning(pattern) for pattern in exclude]
+    excluded = _meanings(model, exclude)
     found = []
     for name, layer in model.named_modules():
-        if type(layer) not in KINDS:
+        if not isinstance(layer, tuple(KINDS)):
             continue
+        if isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params():
+            raise ValueError(f"'{name}' has no shape yet; run the model once, then compress it")
         shape = shape_of(layer)
         dense = shape.dense_parameters
-        if any(meant(part, model.get_submodule(part)) for meant in excluded for part in _with_parents(name)):
+        if type(layer) not in KINDS:
+            found.append(Choice(name, None, dense, dense, f"{type(layer).__name__} may compute otherwise"))
+        elif any(meant(part, model.get_submodule(part)) for meant in excluded for part in _with_parents(name)):
             found.append(Choice(name, None, dense, dense, "excluded"))
         elif max(shape.kernel) < min_kernel:
             found.append(Choice(name, None, dense, dense, f"no axis of its kernel reaches min_kernel={min_kernel}"))
@@ -126,7 +149,8 @@ def compress(
     ratio : float, optional
         Each kernel gets the highest rank with at most that part of its parameters: 8 for an eighth. Or give ``rank``.
     rank : int, sequence of int or "fit", optional
-        The same for all layers; ``"fit"`` is the least rank whose kernel is within ``tol`` of the weights.
+        The same for all layers; ``"fit"`` is the least rank whose kernel is within ``tol`` of the weights, of
+        ``tucker`` one for each mode.
     format : {"cp", "separable", "vh", "tucker", "tt"}
     init : {"match", "xavier", "decompose", "default"}
         First values; see :func:`initialise_`.
@@ -135,17 +159,24 @@ def compress(
     min_kernel : int
         Layers whose kernel is smaller along every axis stay dense.
     exclude : sequence of pattern
-        Globs, classes, or functions of name and module; what lies inside is excluded with it.
+        Globs, classes, or functions of name and module; what lies inside is excluded with it. Each has to mean some
+        layer.
     tol : float
         Relative error of a kernel, in Frobenius norm.
     implementation, recompute
         See :class:`FactoredConv2d`.
     seed : int
+        Of the factors, or of the starts of the decomposition.
+
+    Returns
+    -------
+    nn.Module
+        The copy.
 
     Raises
     ------
     TypeError, ValueError
-        Where an argument is none of these, or nothing is left to compress.
+        Where an argument is none of these, a pattern means no layer, or nothing is left to compress.
 
     Warns
     -----
@@ -176,7 +207,7 @@ def compress(
     found = choices(
         model, ratio=ratio, rank=rank, format=format, min_kernel=min_kernel, exclude=exclude, tol=tol, seed=seed
     )
-    missed = [choice for choice in found if choice.kept.startswith("no rank")]
+    missed = [choice for choice in found if choice.missed]
     if missed:
         told = "; ".join(f"'{choice.name}': {choice.kept}" for choice in missed[:3])
         more = f" and {len(missed) - 3} more" if len(missed) > 3 else ""
@@ -213,6 +244,22 @@ def factored(
     seed: int = 0,
 ) -> Factored:
     """The factored layer that stands for one of torch's convolutions; also a maker for :func:`retensor.replace`.
+
+    Parameters
+    ----------
+    layer : nn.Conv1d, nn.Conv2d, nn.Conv3d or one of their transposed kin
+        Left as it is; the new layer has its device, its type, its bias, and is trained where it was.
+    rank, format, init, implementation, recompute, generator
+        As of :class:`FactoredConv2d`.
+    from_weights : bool
+        Decompose the layer's weights rather than draw factors.
+    seed : int
+        Of the starts of the decomposition.
+
+    Returns
+    -------
+    FactoredConv1d, FactoredConv2d, ...
+        Of ``cp``, the class of that name.
 
     Raises
     ------
@@ -267,9 +314,7 @@ def shape_of(layer: Any) -> Shape:
 
 def kernel_of(layer: Any) -> torch.Tensor:
     """The kernel of one of torch's convolutions, as (outputs, inputs / groups, ...) for transposed ones too."""
-    if not KINDS[type(layer)].transposed:
-        return layer.weight
-    return layer.weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
+    return swapped(layer.weight, layer.groups) if KINDS[type(layer)].transposed else layer.weight
 
 
 def largest(form: Format, shape: Shape, parameters: int) -> tuple[int, ...] | None:
@@ -301,8 +346,24 @@ def _check(model: Any, ratio: Any, rank: Any, min_kernel: Any, tol: Any) -> None
         raise ValueError(f"rank is {described(rank)}; an int, one int a bond, or 'fit' is needed")
     if isinstance(min_kernel, bool) or not isinstance(min_kernel, int) or min_kernel < 1:
         raise ValueError(f"min_kernel is {described(min_kernel)}; an int of at least 1 is needed")
+    if isinstance(tol, bool) or not isinstance(tol, int | float):
+        raise TypeError(f"tol is {described(tol)}; a relative error, a number, is needed")
     if not 0 < tol < 1:
         raise ValueError(f"tol is {described(tol)}; a relative error between 0 and 1 is needed")
+
+
+def _meanings(model: nn.Module, exclude: Any) -> list[Callable[[str, nn.Module], bool]]:
+    """Patterns as functions; one that means nothing is likely a slip."""
+    if isinstance(exclude, str) or not isinstance(exclude, Iterable):
+        raise TypeError(f"exclude is {described(exclude)}; a sequence of patterns, such as ('head',), is needed")
+    found = []
+    for pattern in exclude:
+        meant = meaning(pattern)
+        if not matching(model, pattern):
+            names = [name for name, module in model.named_modules() if isinstance(module, tuple(KINDS))]
+            raise ValueError(f"exclude names {shown(pattern)}, which no layer is; {suggestions(pattern, names)}")
+        found.append(meant)
+    return found
 
 
 def _with_parents(name: str) -> list[str]:
@@ -316,29 +377,41 @@ def _within(name: str, form: Format, shape: Shape, ratio: float) -> Choice:
     if ranks is None:
         least = form.parameters(shape, resolved(form, shape, 1))
         reason = f"no rank reaches ratio {ratio:g}: rank 1 takes {least:,} parameters of {dense:,}"
-        return Choice(name, None, dense, dense, reason)
+        return Choice(name, None, dense, dense, reason, missed=True)
     return Choice(name, ranks, dense, form.parameters(shape, ranks))
 
 
 def _fitted(name: str, layer: nn.Module, form: Format, shape: Shape, tol: float, seed: int) -> Choice:
-    """The least rank within the tolerance, found by halving between 1 and where nothing is saved."""
+    """The least rank within the tolerance, found by halving between 1 and where nothing is saved.
+
+    Those of ``tucker`` are as many as its modes, and come from the singular values of each.
+    """
     dense = shape.dense_parameters
     kernel = kernel_of(layer).detach().cpu()
 
-    def reached(rank: int) -> float:
+    def reached(rank: Any) -> float:
         ranks = resolved(form, shape, rank)
         return error(kernel, form, shape, decompose(kernel, form, shape, ranks, seed=seed))
 
-    def told(rank: int, found: float) -> Choice:
+    def told(rank: Any, found: float) -> Choice:
         ranks = resolved(form, shape, rank)
         return Choice(name, ranks, dense, form.parameters(shape, ranks), error=found)
 
+    if form.name == "tucker":
+        ranks = ranks_within(kernel, shape, tol)
+        size = form.parameters(shape, ranks)
+        if size < dense:
+            return told(ranks, reached(ranks))
+        reason = (
+            f"no rank below the dense size is within tol={tol:g}: ranks {ranks} take {size:,} parameters of {dense:,}"
+        )
+        return Choice(name, None, dense, dense, reason, missed=True)
     top = largest(form, shape, dense - 1)
     highest = max(top) if top is not None else 0
     best = reached(highest) if highest else 1.0
     if best > tol:
         reason = f"no rank below the dense size is within tol={tol:g}: {best:.3g} at rank {highest}"
-        return Choice(name, None, dense, dense, reason, best)
+        return Choice(name, None, dense, dense, reason, missed=True, error=best)
     low, high = 0, highest
     while high - low > 1:
         middle = (low + high) // 2

@@ -56,6 +56,23 @@ def decompose(
     return _train(tensor, form, shape, ranks, names)
 
 
+def ranks_within(kernel: torch.Tensor, shape: Shape, tol: float) -> tuple[int, ...]:
+    """Ranks of ``tucker``, the least of each mode, with which a kernel comes within a relative error.
+
+    What the modes' singular values leave out adds up to the square of the error at most (De Lathauwer, De Moor,
+    Vandewalle, "A multilinear singular value decomposition", 2000): each mode gets an equal part of the tolerance's.
+    """
+    tensor = kernel.detach().to(torch.float64).unflatten(0, (shape.groups, -1))
+    modes = tensor.dim() - 1
+    allowed = tol**2 * tensor.square().sum() / modes
+    ranks = []
+    for mode in range(modes):
+        squares = torch.linalg.svdvals(_unfolded(tensor, mode)).square().sum(0)
+        left_out = squares.flip(0).cumsum(0).flip(0)
+        ranks.append(max(1, int((left_out > allowed).sum())))
+    return tuple(ranks)
+
+
 def error(kernel: torch.Tensor, form: Format, shape: Shape, factors: dict[str, torch.Tensor]) -> float:
     """The relative distance of a kernel and that of some factors, in Frobenius norm."""
     kernel = kernel.detach().to(torch.float64)
@@ -72,17 +89,22 @@ def _two_factors(tensor: torch.Tensor, rank: int) -> list[torch.Tensor]:
 
 
 def _parallel_factors(tensor: torch.Tensor, rank: int, seed: int) -> list[torch.Tensor]:
-    """Alternating least squares for a batch of tensors, from singular vectors and from chance; the better is kept.
+    """Alternating least squares for a batch of tensors, from several starts; the best is kept.
 
+    The first are eigenvectors, where the rank is low enough for them to be exact; then singular vectors, then chance.
     Factors are of shape (batch, mode, rank), the components' norms spread evenly.
     """
     batch, order = tensor.shape[0], tensor.dim() - 1
     norm = tensor.flatten(1).norm(dim=1)
     best: list[torch.Tensor] | None = None
     least = torch.full((batch,), math.inf, dtype=tensor.dtype)
-    for start in range(STARTS):
-        generator = torch.Generator().manual_seed(seed + start)
-        factors = [_start(tensor, mode, rank, generator, singular=start == 0) for mode in range(order)]
+    low = order > 2 and rank <= sorted(tensor.shape[1:])[-2]
+    for start in range(-1 if low else 0, STARTS):
+        generator = torch.Generator().manual_seed(seed + max(start, 0))
+        if start < 0:
+            factors = _eigenvectors(tensor, rank, generator)
+        else:
+            factors = [_start(tensor, mode, rank, generator, singular=start == 0) for mode in range(order)]
         before = torch.full_like(least, math.inf)
         for _ in range(SWEEPS):
             for mode in range(order):
@@ -99,6 +121,34 @@ def _parallel_factors(tensor: torch.Tensor, rank: int, seed: int) -> list[torch.
             break
     assert best is not None
     return _even(best)
+
+
+def _eigenvectors(tensor: torch.Tensor, rank: int, generator: torch.Generator) -> list[torch.Tensor]:
+    """Factors that are exact where the tensor has that rank and its two largest modes are not below it.
+
+    Two mixtures ``A D_1 B'`` and ``A D_2 B'`` of the slices share ``A``, whose columns are eigenvectors of one times
+    the inverse of the other (S. Leurgans, R. Ross, R. Abel, "A decomposition for three-way arrays", 1993).
+    """
+    sizes = tensor.shape[1:]
+    first, second = sorted(range(len(sizes)), key=lambda mode: -sizes[mode])[:2]
+    rest = [mode for mode in range(len(sizes)) if mode not in (first, second)]
+    slices = tensor.permute(0, first + 1, second + 1, *(mode + 1 for mode in rest)).flatten(3)
+    chance = torch.randn(slices.shape[-1], 2, generator=generator, dtype=tensor.dtype)
+    one, other = (slices @ chance).unbind(-1)
+    left = torch.linalg.svd(torch.cat([one, other], 2), full_matrices=False)[0][..., :rank]
+    right = torch.linalg.svd(torch.cat([one, other], 1), full_matrices=False)[2][:, :rank].mT
+    pencil = (left.mT @ one @ right) @ torch.linalg.pinv(left.mT @ other @ right)
+    # Noise makes pairs of complex ones, whose real parts are as good a start as any.
+    columns = left @ torch.linalg.eig(pencil.nan_to_num())[1].real
+    rows = (torch.linalg.pinv(columns) @ one).mT
+    products = torch.einsum("zar,zbr->zabr", columns, rows).flatten(1, 2)
+    parts = (torch.linalg.pinv(products) @ slices.flatten(1, 2)).unflatten(2, [sizes[mode] for mode in rest])
+    factors = {first: columns, second: rows}
+    for i, mode in enumerate(rest):
+        # Of each component, which is a product, the largest direction.
+        unfolded = parts.movedim(2 + i, 2).reshape(len(tensor), rank, sizes[mode], -1)
+        factors[mode] = torch.linalg.svd(unfolded, full_matrices=False)[0][..., 0].mT
+    return [factors[mode] for mode in range(len(sizes))]
 
 
 def _start(tensor: torch.Tensor, mode: int, rank: int, generator: torch.Generator, singular: bool) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from retensor.compression.apriori.chain import Geometry, run, run_recomputed
-from retensor.compression.apriori.formats import Factors, Shape, Stage, format_named, resolved
+from retensor.compression.apriori.formats import Factors, Shape, Stage, format_named, resolved, swapped
 from retensor.files import described
 from retensor.replacing import Replacement
 
@@ -121,7 +121,8 @@ class Factored(Replacement):
 
     def kernel(self) -> torch.Tensor:
         """The dense kernel, as ``weight`` of the layer of torch that it stands for; differentiable."""
-        return self._as_weight(self.form.kernel(self.shape, self.factors))
+        kernel = self.form.kernel(self.shape, self.factors)
+        return swapped(kernel, self.groups) if self.transposed else kernel
 
     def to_dense(self) -> nn.Module:
         """The layer of torch with that kernel."""
@@ -237,7 +238,9 @@ class Factored(Replacement):
 
         if self.bias is not None:
             parameters.append(self.bias)
-        again = self.recompute and torch.is_grad_enabled() and not compiling
+        # Transformations of torch.func keep what they need themselves.
+        transformed = torch._C._are_functorch_transforms_active()
+        again = self.recompute and torch.is_grad_enabled() and not compiling and not transformed
         y = run_recomputed(x, chain, parameters) if again else chain(x, *parameters)
         if plain and not compiling:
             # Whoever gave planes may want to see planes, as with ``view``.
@@ -253,11 +256,6 @@ class Factored(Replacement):
         if self.implementation == "fused":
             return self.form.fused(self.shape, factors)
         return self.form.stages(self.shape, factors)
-
-    def _as_weight(self, kernel: torch.Tensor) -> torch.Tensor:
-        if not self.transposed:
-            return kernel
-        return kernel.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
 
     def _sizes(self, name: str, given: Any, least: int) -> tuple[int, ...]:
         values = (given,) * self.dims if isinstance(given, int) else given

@@ -155,6 +155,11 @@ def axis_names(shape: Shape) -> list[str]:
     return [f"axis{i}" for i in range(shape.dims)]
 
 
+def swapped(kernel: torch.Tensor, groups: int) -> torch.Tensor:
+    """A kernel as the weight of a transposed convolution, or that weight as a kernel."""
+    return kernel.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
 def along(axis: int, dims: int, length: int) -> tuple[int, ...]:
     """Sizes of a filter of that length along one axis."""
     return tuple(length if i == axis else 1 for i in range(dims))
@@ -368,7 +373,7 @@ class _Tucker(Format):
         }
 
     def unit(self, shape: Shape, rank: int) -> Any:
-        spatial = (min(k, max(1, (k + 1) // 2)) for k in shape.kernel)
+        spatial = ((k + 1) // 2 for k in shape.kernel)
         return (min(rank, shape.group_outputs), min(rank, shape.group_inputs), *spatial)
 
 

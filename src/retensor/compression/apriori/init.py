@@ -111,6 +111,8 @@ def balance_(model: nn.Module) -> int:
     The factors of ``cp`` and ``separable`` can trade scale without changing the kernel; decay of weights then acts on
     whatever split there happens to be, and components may grow against each other.
 
+    What an optimizer keeps of each factor, such as Adam's moments, is not scaled with it: balance seldom.
+
     Parameters
     ----------
     model : nn.Module
@@ -159,6 +161,10 @@ def balancer(model: nn.Module, every: int = 100) -> Callable[[int], Any]:
     model : nn.Module
     every : int
         Steps from one time to the next.
+
+    Returns
+    -------
+    function of the number of a step, 0 first
 
     Raises
     ------

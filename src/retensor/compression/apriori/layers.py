@@ -102,7 +102,9 @@ class FactoredConv2d(_Plain):
         depthwise convolution: more multiply-accumulates, one pass over memory less; ``cp`` only. ``reconstructed``
         builds the kernel in each run and applies it as a dense one.
     recompute : bool
-        Keep the input alone for the backward pass and run the chain again there, an eighth of the batch at a time.
+        Keep the input alone for the backward pass and run the chain again there, an eighth of the batch at a time:
+        less memory than a dense layer from batch 4 on, and more time. Under autocast both runs have its precision;
+        gradients of gradients are refused. Within ``torch.func`` it changes nothing.
     channels_last : bool
         Run the chain in that memory format, where it is several times faster; an input in plain format gives an output
         in plain format, and one in ``channels_last`` spares both conversions.

@@ -12,6 +12,7 @@ from torch import nn
 
 from retensor.compression.apriori.compress import KINDS, shape_of
 from retensor.compression.apriori.factored import Factored
+from retensor.data import evaluating
 from retensor.files import described
 
 
@@ -99,6 +100,10 @@ def summary(model: nn.Module, inputs: Sequence[int] | torch.Tensor) -> Summary:
     inputs : sequence of int or torch.Tensor
         The shape of its input, with the batch, or an input.
 
+    Returns
+    -------
+    Summary
+
     Raises
     ------
     TypeError
@@ -126,12 +131,10 @@ def summary(model: nn.Module, inputs: Sequence[int] | torch.Tensor) -> Summary:
     for name, module in model.named_modules():
         if isinstance(module, Factored) or type(module) in KINDS:
             handles.append(module.register_forward_hook(watch(name)))
-    training = model.training
     try:
-        model.eval()
-        model(x)
+        with evaluating(model):
+            model(x)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     return Summary(tuple(rows), sum(parameter.numel() for parameter in model.parameters()))
@@ -150,9 +153,7 @@ def _row(name: str, layer: Any, x: torch.Tensor, y: torch.Tensor) -> Row:
     batch = x.shape[0] if x.dim() == dims + 2 else 1
     bias = 0 if layer.bias is None else shape.outputs
     plain = shape.dense_parameters + bias
-    transposed = (isinstance(layer, Factored) and layer.transposed) or layer.__class__.__name__.startswith(
-        "ConvTranspose"
-    )
+    transposed = layer.transposed if isinstance(layer, Factored) else KINDS[type(layer)].transposed
     reach, elements = (shape.fan_out, x.shape[-dims - 1 :]) if transposed else (shape.fan_in, y.shape[-dims - 1 :])
     macs = batch * math.prod(elements) * reach
     written = y.numel() * y.element_size()

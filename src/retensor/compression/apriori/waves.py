@@ -35,6 +35,11 @@ class Mesh:
     ----------
     n : int
         Nodes inside, each way; at least 1.
+
+    Raises
+    ------
+    ValueError
+        Where it is no such number.
     """
 
     n: int
@@ -130,6 +135,10 @@ def newmark(
     velocity : bool
         Keep velocities too.
 
+    Returns
+    -------
+    Trajectory
+
     Raises
     ------
     ValueError
@@ -145,8 +154,8 @@ def newmark(
     >>> found.u.shape, bool(np.ptp(energy(mesh, found)) < 1e-11)
     ((1, 101, 15, 15), True)
     """
-    u, v = _start(mesh, u0, v0)
     _check(dt, steps, c, every)
+    u, v = _start(mesh, u0, v0)
     mass, stiffness = mesh.matrices
     from scipy.sparse.linalg import splu
 
@@ -178,12 +187,23 @@ def leapfrog(
     force: Force | None = None,
     every: int = 1,
 ) -> Trajectory:
-    """Waves by central differences in space and time; arguments are those of :func:`newmark`.
+    """Waves by central differences in space and time.
+
+    Parameters
+    ----------
+    mesh, u0, v0, dt, steps, c, force, every
+        As of :func:`newmark`; ``dt`` has a limit.
+
+    Returns
+    -------
+    Trajectory
+        Without velocities.
 
     Raises
     ------
     ValueError
-        Also where ``dt`` is above ``h / (sqrt(2) c)``, beyond which the scheme is unstable.
+        Where shapes, steps or sizes do not fit, or ``dt`` is above ``h / (sqrt(2) c)``, beyond which the scheme is
+        unstable.
 
     Examples
     --------
@@ -192,8 +212,8 @@ def leapfrog(
     ...
     ValueError: dt is 0.1; leapfrog is stable up to h / (sqrt(2) c) = 0.0441942 here: take a smaller step, ...
     """
-    start, speed = _start(mesh, u0, v0)
     _check(dt, steps, c, every)
+    start, speed = _start(mesh, u0, v0)
     limit = mesh.h / (math.sqrt(2) * c)
     if dt > limit * (1 + 1e-12):
         raise ValueError(
@@ -208,7 +228,7 @@ def leapfrog(
         padded = np.pad(u, ((0, 0), (1, 1), (1, 1)))
         neighbours = padded[:, :-2, 1:-1] + padded[:, 2:, 1:-1] + padded[:, 1:-1, :-2] + padded[:, 1:-1, 2:]
         found = (c / mesh.h) ** 2 * (neighbours - 4 * u)
-        return found if force is None else found + np.asarray(force(time))
+        return found if force is None else found + _columns(mesh, force(time), samples).T.reshape(samples, n, n)
 
     keep = _Keeper(mesh, start, None, steps, every)
     before, u = u, u + dt * v + dt**2 / 2 * acceleration(u, 0.0)
@@ -220,6 +240,14 @@ def leapfrog(
 
 def energy(mesh: Mesh, trajectory: Trajectory, c: float = 1.0) -> Array:
     """``(v, M v) / 2 + c^2 (u, K u) / 2`` at each time, of shape (samples, times).
+
+    Parameters
+    ----------
+    mesh : Mesh
+    trajectory : Trajectory
+        Of :func:`newmark` with ``velocity=True``, on that mesh.
+    c : float
+        The speed of waves that it was made with.
 
     Raises
     ------
@@ -298,8 +326,8 @@ def wave2d(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {described(value)}; an int of at least 1 is needed")
     for name, size in (("courant", courant), ("width", width), ("frequency", frequency), ("c", c)):
-        if not (isinstance(size, int | float) and size > 0):
-            raise ValueError(f"{name} is {described(size)}; a number above 0 is needed")
+        if not (isinstance(size, int | float) and 0 < size < math.inf):
+            raise ValueError(f"{name} is {described(size)}; a finite number above 0 is needed")
     if solver not in ("fem", "leapfrog"):
         raise ValueError(f"solver is {described(solver)}; it is 'fem' or 'leapfrog'")
     if source not in ("pulse", "ricker"):
@@ -365,7 +393,7 @@ def _columns(mesh: Mesh, field: Array, samples: int) -> Array:
 
 
 def _check(dt: float, steps: int, c: float, every: int) -> None:
-    if not dt > 0 or not c > 0:
-        raise ValueError(f"dt is {dt} and c is {c}; both are above 0")
+    if not (0 < dt < math.inf and 0 < c < math.inf):
+        raise ValueError(f"dt is {dt} and c is {c}; finite numbers above 0 are needed")
     if steps < 0 or every < 1:
         raise ValueError(f"steps is {steps} and every is {every}; at least 0 and 1 are needed")
