@@ -20,8 +20,9 @@ deviations they began with.
 FFN of them. :func:`route` and ``attach(..., until=...)`` are what the authors call Early EWA: a routed mixture, which
 stays for inference, whose experts are averaged in the early part of training only.
 
-Under distributed training every rank applies the same average to the same weights, and the shares are drawn from the
-rank's own random numbers: seed them differently. Drop-path stays where it was, outside the experts.
+Under distributed training every rank applies the same average to the same weights; ``use_generator(model, seed)`` lets
+each draw partitions of its own, where all ranks have set torch's seed alike. Drop-path stays where it was, outside the
+experts.
 """
 
 from retensor.compression.ewa.assignment import Assignment

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -14,11 +16,8 @@ FewTokens = Literal["raise", "fold"]
 GradScale = Literal["none", "N"]
 Mode = Literal["folded", "ensemble", "rup", "routed"]
 
-_CHOICES = {
-    "eval_mode": ("folded", "ensemble", "rup"),
-    "few_tokens": ("raise", "fold"),
-    "grad_scale": ("none", "N"),
-}
+EVAL_MODES = ("folded", "ensemble", "rup")
+SETTINGS = ("num_experts", "eval_mode", "few_tokens", "grad_scale", "top_k")
 
 
 class Assignment:
@@ -48,11 +47,11 @@ class Assignment:
     Attributes
     ----------
     sizes : tuple of int
-        Tokens of each expert in the last pass that shared tokens out; empty before.
+        Tokens of each expert in this thread's last pass that shared tokens out; empty before.
     chosen : torch.Tensor or None
-        Of the last pass that shared tokens out, the permutation (n,), or with a router the experts (n, ``top_k``).
+        Of that pass, the permutation (n,), or with a router the experts (n, ``top_k``).
     balance : torch.Tensor or None
-        Of the last routed pass, the loss that is 1 where all experts have equal shares.
+        Of this thread's last routed pass, the loss that is 1 where all experts have equal shares.
     beta : float
         Share rate of the last average; see :func:`retensor.compression.ewa.attach`.
     generator : torch.Generator or None
@@ -73,12 +72,6 @@ class Assignment:
     ((4, 3, 1), (3, 3, 2, 2), True)
     """
 
-    mode: Mode
-    sizes: tuple[int, ...]
-    chosen: torch.Tensor | None
-    balance: torch.Tensor | None
-    _lead: tuple[int, ...]
-
     def __init__(
         self,
         num_experts: int,
@@ -95,9 +88,9 @@ class Assignment:
             raise ValueError(f"num_experts is {num_experts}; a mixture needs at least 2 experts")
         if not 0 <= top_k <= num_experts:
             raise ValueError(f"top_k is {top_k}; of {num_experts} experts 1 to {num_experts} can be chosen")
-        check_choice("eval_mode", eval_mode)
-        check_choice("few_tokens", few_tokens)
-        check_choice("grad_scale", grad_scale)
+        check_choice("eval_mode", eval_mode, EVAL_MODES)
+        check_choice("few_tokens", few_tokens, ("raise", "fold"))
+        check_choice("grad_scale", grad_scale, ("none", "N"))
         self.num_experts = num_experts
         self.eval_mode = eval_mode
         self.few_tokens = few_tokens
@@ -105,11 +98,31 @@ class Assignment:
         self.top_k = top_k
         self.generator: torch.Generator | None = None
         self.beta = 0.0
-        self._forget()
+        self._pass = _Pass()
+
+    @property
+    def mode(self) -> Mode:
+        """What this thread's last pass does."""
+        return self._pass.mode
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Tokens of each expert."""
+        return self._pass.sizes
+
+    @property
+    def chosen(self) -> torch.Tensor | None:
+        """Permutation, or the router's choice."""
+        return self._pass.chosen
+
+    @property
+    def balance(self) -> torch.Tensor | None:
+        """Loss of the router's balance."""
+        return self._pass.balance
 
     def settings(self) -> dict[str, Any]:
         """Arguments that make an equal one."""
-        return {"num_experts": self.num_experts, **{name: getattr(self, name) for name in (*_CHOICES, "top_k")}}
+        return {name: getattr(self, name) for name in SETTINGS}
 
     def begin(self, x: torch.Tensor, *, training: bool, router: nn.Module | None = None) -> None:
         """Share out the tokens of a pass.
@@ -127,21 +140,22 @@ class Assignment:
         ValueError
             Where there are fewer tokens than experts, unless ``few_tokens`` is ``"fold"``.
         """
-        self._lead = x.shape[:-1]
-        self._tokens = x.numel() // x.shape[-1]
+        now = self._pass
+        now.lead = x.shape[:-1]
+        now.tokens = x.numel() // x.shape[-1]
         if router is not None:
-            self.mode = "routed"
-            self._choose(x.reshape(self._tokens, -1), router)
+            now.mode = "routed"
+            self._choose(x.reshape(now.tokens, -1), router)
             return
-        self.mode = "rup" if training else self.eval_mode
-        if self.mode == "rup":
-            if self._tokens < self.num_experts:
+        now.mode = "rup" if training else self.eval_mode
+        if now.mode == "rup":
+            if now.tokens < self.num_experts:
                 if self.few_tokens == "raise":
                     raise ValueError(
-                        f"{self._tokens} tokens cannot be shared out among {self.num_experts} experts; give larger "
+                        f"{now.tokens} tokens cannot be shared out among {self.num_experts} experts; give larger "
                         "batches, fewer experts, or few_tokens='fold' to compute the mean FFN for such batches"
                     )
-                self.mode = "folded"
+                now.mode = "folded"
                 return
             self._partition(x.device)
 
@@ -159,76 +173,86 @@ class Assignment:
             Of shape (N, tokens of the largest part, features) in a partition, where smaller parts end in a row of no
             meaning; (N, n, features) in an ensemble; and (n * top_k, features), sorted by expert, with a router.
         """
-        rows = x.reshape(self._tokens, x.shape[-1])
-        if self.mode == "ensemble":
+        now = self._pass
+        rows = x.reshape(now.tokens, x.shape[-1])
+        if now.mode == "ensemble":
             return rows.expand(self.num_experts, *rows.shape)
-        if self.mode == "routed":
-            return rows.index_select(0, self._order // self.top_k)
-        if self._spare:
-            rows = torch.cat((rows, rows.new_zeros(self._spare, rows.shape[1])))
-        return _Reorder.apply(rows, self._order, self._back).reshape(self.num_experts, -1, rows.shape[1])
+        if now.mode == "routed":
+            return rows.index_select(0, now.order // self.top_k)
+        if now.spare:
+            rows = torch.cat((rows, rows.new_zeros(now.spare, rows.shape[1])))
+        return _Reorder.apply(rows, now.order, now.back).reshape(self.num_experts, -1, rows.shape[1])
 
     def give(self, y: torch.Tensor) -> torch.Tensor:
         """Outputs of the experts, of the shape that :meth:`take` gives, back at their tokens' places."""
-        if self.mode == "ensemble":
-            return y.mean(0).reshape(*self._lead, y.shape[-1])
-        if self.mode == "routed":
-            weighted = y * self._gates.to(y.dtype)[:, None]
-            found = weighted.new_zeros(self._tokens, y.shape[-1]).index_add(0, self._order // self.top_k, weighted)
-            return found.reshape(*self._lead, y.shape[-1])
-        rows = _Reorder.apply(y.reshape(-1, y.shape[-1]), self._back, self._order)[: self._tokens]
-        return rows.reshape(*self._lead, y.shape[-1])
+        now = self._pass
+        if now.mode == "ensemble":
+            return y.mean(0).reshape(*now.lead, y.shape[-1])
+        if now.mode == "routed":
+            weighted = y * now.gates.to(y.dtype)[:, None]
+            found = weighted.new_zeros(now.tokens, y.shape[-1]).index_add(0, now.order // self.top_k, weighted)
+            return found.reshape(*now.lead, y.shape[-1])
+        rows = _Reorder.apply(y.reshape(-1, y.shape[-1]), now.back, now.order)[: now.tokens]
+        return rows.reshape(*now.lead, y.shape[-1])
 
     def _partition(self, device: torch.device) -> None:
-        n, experts = self._tokens, self.num_experts
+        now = self._pass
+        n, experts = now.tokens, self.num_experts
         each, larger = divmod(n, experts)
-        self.sizes = tuple(each + (i < larger) for i in range(experts))
-        self._spare = (experts - larger) % experts
+        now.sizes = tuple(each + (i < larger) for i in range(experts))
+        now.spare = (experts - larger) % experts
         drawn_on = device if self.generator is None else self.generator.device
         order = torch.randperm(n, generator=self.generator, device=drawn_on).to(device)
-        self.chosen = order
-        if self._spare:
+        now.chosen = order
+        if now.spare:
             # Rows of zeros fill the smaller parts, so that all experts are one product.
-            spare = torch.arange(n, n + self._spare, device=device)[:, None]
-            head, tail = order.split([larger * (each + 1), self._spare * each])
-            order = torch.cat((head, torch.cat((tail.reshape(self._spare, each), spare), 1).flatten()))
-        self._order = order
-        self._back = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=device))
+            spare = torch.arange(n, n + now.spare, device=device)[:, None]
+            head, tail = order.split([larger * (each + 1), now.spare * each])
+            order = torch.cat((head, torch.cat((tail.reshape(now.spare, each), spare), 1).flatten()))
+        now.order = order
+        now.back = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=device))
 
     def _choose(self, rows: torch.Tensor, router: nn.Module) -> None:
+        now = self._pass
         probabilities = router(rows).float().softmax(-1)
-        gates, self.chosen = probabilities.topk(self.top_k, dim=-1)
-        picked = self.chosen.flatten()
+        gates, now.chosen = probabilities.topk(self.top_k, dim=-1)
+        picked = now.chosen.flatten()
         # Stable, so that an expert's tokens keep their order.
-        self._order = picked.argsort(stable=True)
-        self._gates = gates.flatten()[self._order]
+        now.order = picked.argsort(stable=True)
+        now.gates = gates.flatten()[now.order]
         counts = torch.bincount(picked, minlength=self.num_experts)
-        self.sizes = tuple(counts.tolist())
+        now.sizes = tuple(counts.tolist())
         share = counts.to(probabilities.dtype) / max(1, len(picked))
-        self.balance = self.num_experts * (share * probabilities.mean(0)).sum()
-
-    def _forget(self) -> None:
-        """Drop what belongs to one pass: it holds a part of its gradients' graph."""
-        self.mode = "folded"
-        self.sizes = ()
-        self.chosen = self.balance = None
-        self._lead = ()
-        self._tokens = 0
-        self._spare = 0
-        self._order = self._back = self._gates = torch.empty(0)
+        now.balance = self.num_experts * (share * probabilities.mean(0)).sum()
 
     def __getstate__(self) -> dict[str, Any]:
+        # Without what belongs to a pass, which holds a part of its gradients' graph.
         return {**self.settings(), "generator": self.generator, "beta": self.beta}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._forget()
+        self._pass = _Pass()
 
 
-def check_choice(name: str, given: Any) -> None:
+class _Pass(threading.local):
+    """What one thread's pass leaves for the layers behind: threads that share a model share no partition."""
+
+    def __init__(self) -> None:
+        self.mode: Mode = "folded"
+        self.sizes: tuple[int, ...] = ()
+        self.chosen: torch.Tensor | None = None
+        self.balance: torch.Tensor | None = None
+        self.lead: tuple[int, ...] = ()
+        self.tokens = 0
+        self.spare = 0
+        self.order = self.back = self.gates = torch.empty(0)
+
+
+def check_choice(name: str, given: Any, choices: Iterable[str]) -> None:
     """Raise where a setting is none of its values."""
-    if given not in _CHOICES[name]:
-        raise ValueError(f"{name} is {described(given)}; it is one of {', '.join(map(repr, _CHOICES[name]))}")
+    choices = tuple(choices)
+    if given not in choices:
+        raise ValueError(f"{name} is {described(given)}; it is one of {', '.join(map(repr, choices))}")
 
 
 class _Reorder(torch.autograd.Function):

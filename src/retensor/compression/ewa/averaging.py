@@ -12,7 +12,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
-from retensor.compression.ewa.experts import _Experts, _needed, expert_layers
+from retensor.compression.ewa.assignment import check_choice
+from retensor.compression.ewa.experts import Experts, needed_layers
 from retensor.files import described
 
 Schedule: TypeAlias = Literal["linear", "constant", "cosine"]
@@ -53,7 +54,7 @@ def average_(model: nn.Module, share_rate: float, *, form: Form = "mean") -> Non
     >>> [round(max(layer.spread) / was, 6) for layer, was in zip(ewa.stats(experts), before, strict=True)]
     [0.75]
     """
-    layers = _needed(model)
+    layers = needed_layers(model)
     rates = {id(layer): _rate(share_rate, form, layer.num_experts) for _, layer in layers}
     for _, layer in layers:
         _average(layer, rates[id(layer)])
@@ -81,7 +82,7 @@ class Averaging:
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        layers: list[_Experts],
+        layers: list[Experts],
         share_rate: float,
         schedule: Schedule,
         total_steps: int,
@@ -97,6 +98,7 @@ class Averaging:
         self.form = form
         self.steps = 0
         self.beta = 0.0
+        self._warned = False
         self._layers = layers
         self._optimizer = weakref.ref(optimizer)
         self._hook = optimizer.register_step_post_hook(self._after_step)
@@ -136,9 +138,9 @@ class Averaging:
     def detach(self) -> None:
         """Average no more."""
         self._hook.remove()
-        optimizer = self._optimizer()
-        if optimizer is not None and self in _attached.get(optimizer, []):
-            _attached[optimizer].remove(self)
+        for layer in self._layers:
+            if _averaging_of(layer) is self:
+                del _attached[layer]
 
     def _settings(self) -> tuple[Any, ...]:
         return self.share_rate, self.schedule, self.total_steps, self.until, self.average_state, self.form
@@ -150,7 +152,8 @@ class Averaging:
         if found is not None and float(found) > 0:
             return
         self.steps += 1
-        if self.steps == self.total_steps + 1:
+        if self.steps > self.total_steps and not self._warned:
+            self._warned = True
             held = f"the share rate is held at {self.share_rate}" if self.until == 1 else "experts are not averaged"
             warnings.warn(
                 f"the optimizer took more than the total of {self.total_steps} steps; {held} from here", stacklevel=2
@@ -209,7 +212,8 @@ def attach(
     Raises
     ------
     TypeError, ValueError
-        Where an argument is not as above, the optimizer does not train the experts, or others have been attached.
+        Where an argument is not as above, the optimizer does not train the experts, or they are averaged already, with
+        other arguments or after another optimizer's steps.
 
     Examples
     --------
@@ -227,32 +231,33 @@ def attach(
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"experts are averaged after the steps of an optimizer of torch, not of {described(optimizer)}")
-    if schedule not in _SCHEDULES:
-        raise ValueError(f"schedule is {described(schedule)}; it is one of {', '.join(map(repr, _SCHEDULES))}")
+    check_choice("schedule", schedule, _SCHEDULES)
     if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
         raise ValueError(f"total_steps is {described(total_steps)}; it is a whole number from 1")
-    if not 0 < until <= 1:
-        raise ValueError(f"until is {until}; it lies above 0 and up to 1")
-    layers = [layer for _, layer in _needed(model)]
+    if isinstance(until, bool) or not isinstance(until, int | float) or not 0 < until <= 1:
+        raise ValueError(f"until is {described(until)}; it lies above 0 and up to 1")
+    if until * total_steps < 1:
+        raise ValueError(f"until is {until}, which of {total_steps} steps is not one; no expert would be averaged")
+    named = needed_layers(model)
+    layers = [layer for _, layer in named]
     for layer in layers:
         _rate(share_rate, form, layer.num_experts)
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for name, layer in expert_layers(model):
+    for name, layer in named:
         if any(id(p) not in trained and p.requires_grad for _, p in layer.experts()):
             raise ValueError(
                 f"the optimizer does not train '{name}'; make it of the parameters of the converted model, which is "
                 "another one than the model it was made of"
             )
     settings = share_rate, schedule, total_steps, until, average_state, form
-    for known in _attached.get(optimizer, []):
-        if {*map(id, known._layers)} & {*map(id, layers)}:
-            if known._settings() == settings and [*map(id, known._layers)] == [*map(id, layers)]:
-                return known
-            raise ValueError(
-                "these experts are averaged already, with other arguments; call detach() of what attach returned before"
-            )
+    for known in filter(None, map(_averaging_of, layers)):
+        alike = known._settings() == settings and [*map(id, known._layers)] == [*map(id, layers)]
+        if alike and known._optimizer() is optimizer:
+            return known
+        how = "after the steps of another optimizer" if alike else "with other arguments"
+        raise ValueError(f"these experts are averaged already, {how}; call detach() of what attach returned before")
     made = Averaging(optimizer, layers, *settings)
-    _attached.setdefault(optimizer, []).append(made)
+    _attached.update({layer: weakref.ref(made) for layer in layers})
     return made
 
 
@@ -302,8 +307,8 @@ def stats(model: nn.Module) -> list[LayerStats]:
     >>> stats(ewa.convert(nn.Sequential(Mlp(8, 16)), num_experts=2, layers="all", init="copy"))
     [LayerStats(name='0', spread=(0.0, 0.0), beta=0.0, tokens=())]
     """
-    groups: dict[int, list[_Experts]] = {}
-    for _, layer in _needed(model):
+    groups: dict[int, list[Experts]] = {}
+    for _, layer in needed_layers(model):
         groups.setdefault(id(layer.assignment), []).append(layer)
     found = []
     for layers in groups.values():
@@ -316,13 +321,19 @@ def stats(model: nn.Module) -> list[LayerStats]:
     return found
 
 
-_attached: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[Averaging]] = weakref.WeakKeyDictionary()
+# What averages each layer; it lives as long as its optimizer, whose hook it is.
+_attached: weakref.WeakKeyDictionary[Experts, weakref.ref[Averaging]] = weakref.WeakKeyDictionary()
+
+
+def _averaging_of(layer: Experts) -> Averaging | None:
+    known = _attached.get(layer)
+    averaging = None if known is None else known()
+    return averaging if averaging is not None and averaging._optimizer() is not None else None
 
 
 def _rate(share_rate: float, form: Form, num_experts: int) -> float:
     """A share rate as a weight of the mean."""
-    if form not in _FORMS:
-        raise ValueError(f"form is {described(form)}; it is one of {', '.join(map(repr, _FORMS))}")
+    check_choice("form", form, _FORMS)
     if not isinstance(share_rate, int | float) or not 0 <= share_rate <= 1:
         raise ValueError(f"share_rate is {described(share_rate)}; it lies between 0 and 1")
     if form == "mean":
@@ -336,7 +347,7 @@ def _rate(share_rate: float, form: Form, num_experts: int) -> float:
     return min(1.0, float(rate))
 
 
-def _average(layer: _Experts, beta: float) -> None:
+def _average(layer: Experts, beta: float) -> None:
     layer.assignment.beta = beta
     if beta:
         for _, tensor in layer.experts():

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
 
 from retensor.compression.ewa.assignment import Assignment, EvalMode, FewTokens, GradScale
-from retensor.compression.ewa.experts import ExpertLinear, ExpertNorm, Role, _needed, norm_kinds
+from retensor.compression.ewa.experts import ExpertLinear, ExpertNorm, Role, needed_layers, norm_kinds
 from retensor.compression.ewa.feed_forward import FeedForward, Layers, feed_forwards
 from retensor.files import described
 from retensor.replacing import fold as fold_all
@@ -18,6 +20,8 @@ from retensor.replacing.match import Pattern, exactly
 
 Init: TypeAlias = "Literal['independent', 'copy'] | Callable[[], nn.Module]"
 """How the experts begin: independent draws, copies, or a function that makes a new untrained model."""
+
+Values: TypeAlias = "Mapping[str, torch.Tensor]"
 
 
 def convert(
@@ -46,10 +50,11 @@ def convert(
         Which feed-forward networks: ``"every2"``, ``"last2"``, ``"all"``, or a pattern; see :func:`feed_forwards`.
     init : {"independent", "copy"} or function
         The first expert is the network that stands there. Further ones are: ``"independent"``, for training from
-        scratch, its weights with the entries of each row in another order, which for entries drawn independently is
-        another draw (biases too, unless values come twice, as of constants); ``"copy"``, for fine-tuning, the same
-        values; or, exactly, those of a model ``init()`` made anew, for each expert one. Copies that are averaged with
-        share rate 1 are the plain network.
+        scratch, drawn anew as the model draws its weights, by the ``init_weights`` of timm's models or the
+        ``_init_weights`` of transformers' where there is one, and by each layer's ``reset_parameters`` elsewhere (as
+        of torchvision); ``"copy"``, for fine-tuning, the same values; or those of a model that ``init()`` makes anew,
+        for each expert one, where weights were drawn in a way of your own. Copies that are averaged with share rate 1
+        are the plain network.
     eval_mode : {"folded", "ensemble", "rup"}
         What evaluation computes; ``"folded"`` is what will be deployed. See :func:`set_eval_mode`.
     few_tokens : {"raise", "fold"}
@@ -59,6 +64,11 @@ def convert(
         global norm, N networks count instead of one.
     seed : int
         Of independent draws.
+
+    Returns
+    -------
+    nn.Module
+        Whose experts' tensors are stacked, of shape (N, ...).
 
     Raises
     ------
@@ -70,7 +80,6 @@ def convert(
 
     Examples
     --------
-    >>> import torch
     >>> from timm.models.vision_transformer import VisionTransformer
     >>> vit = VisionTransformer(img_size=8, patch_size=4, embed_dim=8, depth=2, num_heads=2, num_classes=3)
     >>> experts = convert(vit, num_experts=4)
@@ -107,6 +116,11 @@ def route(
     top_k : int
         Experts of each token.
 
+    Returns
+    -------
+    nn.Module
+        With a ``router`` in the first layer of each mixture.
+
     Raises
     ------
     TypeError, ValueError
@@ -114,7 +128,6 @@ def route(
 
     Examples
     --------
-    >>> import torch
     >>> from timm.models.vision_transformer import VisionTransformer
     >>> vit = VisionTransformer(img_size=8, patch_size=4, embed_dim=8, depth=2, num_heads=2, num_classes=3)
     >>> route(vit, num_experts=4, top_k=2).blocks[1].mlp.fc1.router
@@ -131,14 +144,25 @@ def fold(model: nn.Module) -> nn.Module:
     Parameters
     ----------
     model : nn.Module
-        Left as it is; the result is a copy with the original modules' names, shapes and costs.
+        Left as it is.
+
+    Returns
+    -------
+    nn.Module
+        A copy with the original modules' names, shapes and costs.
 
     Raises
     ------
     ValueError
         Where the model has no experts, or a router chooses among them: their mean is then no equivalent.
+
+    Examples
+    --------
+    >>> from timm.layers import Mlp
+    >>> fold(convert(nn.Sequential(Mlp(8, 16)), num_experts=2, layers="all"))[0].fc1
+    Linear(in_features=8, out_features=16, bias=True)
     """
-    routed = [name for name, layer in _needed(model) if layer.assignment.top_k]
+    routed = [name for name, layer in needed_layers(model) if layer.assignment.top_k]
     if routed:
         raise ValueError(
             f"'{routed[0]}' belongs to a routed mixture, which has no plain equivalent; it stays for inference. "
@@ -162,16 +186,19 @@ def _converted(model: nn.Module, layers: Layers, init: Init, seed: int, make: Ca
         )
     found = feed_forwards(model, layers)
     experts = make().num_experts
-    fresh = [_fresh(init, model) for _ in range(experts - 1)] if callable(init) else []
-    generator = torch.Generator().manual_seed(seed)
+    fresh: list[Values] = []
+    if callable(init):
+        fresh = [_made(init, model) for _ in range(experts - 1)]
+    elif init == "independent":
+        fresh = _drawn(model, found, experts - 1, seed)
     replacements: dict[Pattern, Callable[[nn.Module], nn.Module]] = {}
     for network in found:
         assignment = make()
         for member, (name, role) in enumerate(network.members):
-            others = [other.get_submodule(name) for other in fresh]
-            maker = _Maker(network, assignment, role, member, init == "copy", others, generator)
-            replacements[exactly(name)] = maker
+            others = [{n.removeprefix(f"{name}."): v for n, v in values.items()} for values in fresh]
+            replacements[exactly(name)] = _Maker(network, assignment, role, member, others)
     converted = replace(model, replacements)
+    generator = torch.Generator().manual_seed(seed)
     for network in found:
         router = getattr(converted.get_submodule(network.members[0][0]), "router", None)
         if router is not None:
@@ -181,14 +208,68 @@ def _converted(model: nn.Module, layers: Layers, init: Init, seed: int, make: Ca
     return converted
 
 
-def _fresh(init: Callable[[], nn.Module], model: nn.Module) -> nn.Module:
+def _made(init: Callable[[], nn.Module], model: nn.Module) -> Values:
     made = init()
     if not isinstance(made, nn.Module):
         raise TypeError(f"init() came out as {described(made)}; it makes a new untrained model")
     shapes, own = ({name: t.shape for name, t in m.named_parameters()} for m in (made, model))
     if shapes != own:
         raise ValueError("init() made a model of other names or shapes than the one that is converted")
-    return made
+    return dict(made.named_parameters())
+
+
+def _drawn(model: nn.Module, networks: Sequence[FeedForward], count: int, seed: int) -> list[Values]:
+    """Values of the networks' layers, drawn anew so many times as the model draws its own."""
+    fresh = copy.deepcopy(model)
+    fresh = fresh.to_empty(device="cpu") if any(p.is_meta for p in fresh.parameters()) else fresh.cpu()
+    found: list[Values] = []
+    names = [name for network in networks for name, _ in network.members]
+    with _seeded(seed):
+        for _ in range(count):
+            for name in names:
+                fresh.get_submodule(name).reset_parameters()
+            for path in dict.fromkeys(_drawers(fresh, networks)):
+                owner = fresh.get_submodule(path)
+                if hasattr(owner, "init_weights") and not hasattr(owner, "config"):
+                    owner.init_weights()
+                else:
+                    for part in (part for network in networks for part in network.parts):
+                        # Transformers' own init_weights leaves alone what it has drawn once.
+                        fresh.get_submodule(part).apply(owner._init_weights)
+            layers = {name: fresh.get_submodule(name) for name in names}
+            found.append(
+                {
+                    f"{name}.{label}": p.detach().clone()
+                    for name, layer in layers.items()
+                    for label, p in layer.named_parameters()
+                }
+            )
+    return found
+
+
+def _drawers(model: nn.Module, networks: Sequence[FeedForward]) -> Iterator[str]:
+    """Names of the outermost modules around networks that draw weights for what they hold."""
+    for network in networks:
+        steps = network.parts[0].split(".")
+        for depth in range(len(steps) + 1):
+            path = ".".join(steps[:depth])
+            owner = model.get_submodule(path)
+            if callable(getattr(owner, "init_weights", None)) or (
+                hasattr(owner, "_init_weights") and hasattr(owner, "config")
+            ):
+                yield path
+                break
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Random numbers on the CPU from a seed inside, the caller's afterwards."""
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
 
 
 class _Maker:
@@ -200,15 +281,11 @@ class _Maker:
         assignment: Assignment,
         role: Role,
         member: int,
-        copies: bool,
-        others: Sequence[nn.Module],
-        generator: torch.Generator,
+        others: Sequence[Values],
     ) -> None:
         self.part: dict[str, Any] = {"role": role, "group": network.name, "member": member}
         self.assignment = assignment
-        self.copies = copies
         self.others = others
-        self.generator = generator
 
     def __call__(self, layer: nn.Module) -> nn.Module:
         place = {"device": layer.weight.device, "dtype": layer.weight.dtype}
@@ -223,18 +300,7 @@ class _Maker:
             for name, stacked in new.experts():
                 first = layer.get_parameter(name)
                 stacked.requires_grad_(first.requires_grad)
-                for i in range(self.assignment.num_experts):
-                    stacked[i].copy_(self._values(name, first, i))
+                stacked.copy_(first.expand_as(stacked))
+                for i, values in enumerate(self.others, 1):
+                    stacked[i].copy_(values[name])
         return new
-
-    def _values(self, name: str, first: torch.Tensor, i: int) -> torch.Tensor:
-        if i == 0 or self.copies:
-            return first
-        if self.others:
-            return self.others[i - 1].get_parameter(name).to(first.device)
-        values = first.detach().cpu()
-        if values.ndim == 1 and len(values.unique()) < len(values):
-            return first
-        # Each row in an order of its own.
-        order = torch.rand(values.shape, generator=self.generator).argsort(-1)
-        return values.gather(-1, order).to(first.device)

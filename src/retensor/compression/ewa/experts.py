@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
+import hashlib
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from retensor.compression.ewa.assignment import Assignment, EvalMode, check_choice
-from retensor.files import described
+from retensor.compression.ewa.assignment import EVAL_MODES, SETTINGS, Assignment, EvalMode, check_choice
+from retensor.errors import RetensorError
+from retensor.files import brief, described
 from retensor.replacing import Replacement
 
 Role = Literal["first", "entry", "inner", "exit"]
@@ -20,15 +20,18 @@ Role = Literal["first", "entry", "inner", "exit"]
 ``exit`` gives them back."""
 
 _ROLES = ("first", "entry", "inner", "exit")
+_PART = ("role", "group", "member")
 
 
-class _Experts(Replacement):
+class Experts(Replacement):
     """What the layers have in common: their part in the FFN, and the assignment that they hold together."""
+
+    bias: nn.Parameter | None
+    _sizes: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, assignment: Assignment, role: Role, group: str, member: int) -> None:
         super().__init__()
-        if role not in _ROLES:
-            raise ValueError(f"role is {described(role)}; it is one of {', '.join(map(repr, _ROLES))}")
+        check_choice("role", role, _ROLES)
         self.assignment = assignment
         self.role = role
         self.group = group
@@ -40,8 +43,57 @@ class _Experts(Replacement):
         return self.assignment.num_experts
 
     def config(self) -> dict[str, Any]:
-        """Shapes, settings and the part in the FFN."""
-        return {"role": self.role, "group": self.group, "member": self.member, **self.assignment.settings()}
+        """Shapes, the part in the FFN, and the assignment's settings."""
+        own = {name: getattr(self, name) for name in (*self._sizes, *_PART)}
+        return {**own, "bias": self.bias is not None, **self.assignment.settings()}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """A layer of the same shapes; once all are read, :meth:`loaded` gives those of one FFN one assignment."""
+        assignment = Assignment(**{name: config[name] for name in SETTINGS})
+        return cls(assignment=assignment, **{name: config[name] for name in (*cls._sizes, *_PART, "bias")})
+
+    def loaded(self, model: nn.Module) -> None:
+        """Let the layers of each FFN hold one assignment.
+
+        Raises
+        ------
+        RetensorError
+            Where layers of one FFN were kept with different settings.
+        """
+        layers = expert_layers(model)
+        if layers[0][1] is not self:
+            # All are joined at once.
+            return
+        joined: dict[str, tuple[Assignment, set[int]]] = {}
+        for name, layer in layers:
+            assignment, members = joined.get(layer.group, (layer.assignment, set()))
+            if layer.member in members:
+                # The FFN of another model inside this one, which bore the same name.
+                assignment, members = layer.assignment, set()
+            if assignment.settings() != layer.assignment.settings():
+                raise RetensorError(
+                    f"'{brief(name)}' and the layers before it in its FFN were kept with other settings"
+                )
+            layer.assignment = assignment
+            joined[layer.group] = assignment, {*members, layer.member}
+
+    def to_dense(self) -> nn.Module | None:
+        """The plain layer of the mean weights; None of a routed mixture, which stays."""
+        if self.assignment.top_k:
+            return None
+        weight = self.get_parameter("weight")
+        dense = self._plain({"bias": self.bias is not None, "device": weight.device, "dtype": weight.dtype})
+        with torch.no_grad():
+            for name, tensor in self.experts():
+                own = dense.get_parameter(name)
+                own.copy_(tensor.mean(0))
+                own.requires_grad_(tensor.requires_grad)
+        return dense
+
+    def _plain(self, arguments: dict[str, Any]) -> nn.Module:
+        """A plain layer of one expert's shapes."""
+        raise NotImplementedError
 
     def _run(self, x: torch.Tensor) -> torch.Tensor:
         shares = self.assignment
@@ -69,7 +121,7 @@ class _Experts(Replacement):
         return tensor
 
 
-class ExpertLinear(_Experts):
+class ExpertLinear(Experts):
     """N linear layers of one shape in the place of one, each for its own part of the tokens.
 
     Made by :func:`retensor.compression.ewa.convert`. Between the first and the last of an FFN the tokens lie as
@@ -105,6 +157,8 @@ class ExpertLinear(_Experts):
     ExpertLinear(in_features=8, out_features=16, bias=True, num_experts=4, random uniform partition)
     """
 
+    _sizes = ("in_features", "out_features")
+
     def __init__(
         self,
         in_features: int,
@@ -127,28 +181,9 @@ class ExpertLinear(_Experts):
         if assignment.top_k and role == "first":
             self.router = nn.Linear(in_features, self.num_experts, bias=False, **place)
 
-    def config(self) -> dict[str, Any]:
-        """Shapes, settings and the part in the FFN."""
-        sizes = {"in_features": self.in_features, "out_features": self.out_features, "bias": self.bias is not None}
-        return {**sizes, **super().config()}
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """A layer of the same shapes, which holds its assignment together with the rest of its FFN."""
-        names = ("in_features", "out_features", "bias", "role", "group", "member")
-        return cls(assignment=_joined(config), **{name: config[name] for name in names})
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Outputs for tokens of shape (..., ``in_features``), each by its expert."""
         return self._run(x)
-
-    def to_dense(self) -> nn.Module | None:
-        """The linear layer of the mean weights; None of a routed mixture, which stays."""
-        if self.assignment.top_k:
-            return None
-        place = {"device": self.weight.device, "dtype": self.weight.dtype}
-        dense = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, bias=self.bias is not None, **place)
-        return _with_mean(dense, self)
 
     def extra_repr(self) -> str:
         """Sizes."""
@@ -157,6 +192,9 @@ class ExpertLinear(_Experts):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"num_experts={self.num_experts}, {how}"
         )
+
+    def _plain(self, arguments: dict[str, Any]) -> nn.Module:
+        return nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, **arguments)
 
     def _folded(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self._scaled(self.bias).mean(0)
@@ -181,7 +219,7 @@ def norm_kinds() -> dict[str, type[nn.Module]]:
     return {"torch": nn.LayerNorm, "timm": LayerNorm}
 
 
-class ExpertNorm(_Experts):
+class ExpertNorm(Experts):
     """N layer normalisations over the last dimension, inside an FFN of experts.
 
     Parameters
@@ -210,6 +248,8 @@ class ExpertNorm(_Experts):
     ExpertNorm(features=16, eps=1e-05, bias=True, num_experts=4)
     """
 
+    _sizes = ("features", "eps", "library")
+
     def __init__(
         self,
         features: int,
@@ -227,40 +267,23 @@ class ExpertNorm(_Experts):
         super().__init__(assignment, role, group, member)
         if role == "first":
             raise ValueError("an FFN of experts begins with a linear layer; a norm's role is 'inner' or 'exit'")
-        if library not in norm_kinds():
-            raise ValueError(f"library is {described(library)}; it is one of {', '.join(map(repr, norm_kinds()))}")
+        check_choice("library", library, norm_kinds())
         self.features = features
         self.eps = eps
         self.library = library
         self.weight = nn.Parameter(torch.ones(self.num_experts, features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros_like(self.weight)) if bias else None
 
-    def config(self) -> dict[str, Any]:
-        """Shape, settings and the part in the FFN."""
-        sizes = {"features": self.features, "eps": self.eps, "bias": self.bias is not None, "library": self.library}
-        return {**sizes, **super().config()}
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """A layer of the same shape, which holds its assignment together with the rest of its FFN."""
-        names = ("features", "eps", "bias", "library", "role", "group", "member")
-        return cls(assignment=_joined(config), **{name: config[name] for name in names})
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalised tokens, of the same shape."""
         return self._run(x)
 
-    def to_dense(self) -> nn.Module | None:
-        """The normalisation of the mean weights; None of a routed mixture, which stays."""
-        if self.assignment.top_k:
-            return None
-        place = {"device": self.weight.device, "dtype": self.weight.dtype}
-        dense = norm_kinds()[self.library](self.features, eps=self.eps, bias=self.bias is not None, **place)
-        return _with_mean(dense, self)
-
     def extra_repr(self) -> str:
         """Sizes."""
         return f"features={self.features}, eps={self.eps}, bias={self.bias is not None}, num_experts={self.num_experts}"
+
+    def _plain(self, arguments: dict[str, Any]) -> nn.Module:
+        return norm_kinds()[self.library](self.features, eps=self.eps, **arguments)
 
     def _folded(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self._scaled(self.bias).mean(0)
@@ -279,9 +302,9 @@ class ExpertNorm(_Experts):
         return normal * weight if bias is None else torch.addcmul(bias, normal, weight)
 
 
-def expert_layers(model: nn.Module) -> list[tuple[str, _Experts]]:
+def expert_layers(model: nn.Module) -> list[tuple[str, Experts]]:
     """The layers of experts in a model, by name; one that is used in several places once."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, _Experts)]
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Experts)]
 
 
 def set_eval_mode(model: nn.Module, mode: EvalMode) -> None:
@@ -312,13 +335,15 @@ def set_eval_mode(model: nn.Module, mode: EvalMode) -> None:
     >>> bool((model(x) == ewa.fold(model)(x)).all())
     False
     """
-    check_choice("eval_mode", mode)
-    for _, layer in _needed(model):
+    check_choice("eval_mode", mode, EVAL_MODES)
+    for layer in _partitioned(model, "no mode of evaluation"):
         layer.assignment.eval_mode = mode
 
 
-def use_generator(model: nn.Module, generator: torch.Generator | None) -> None:
-    """Let the partitions be drawn from one generator, or from torch's own where None.
+def use_generator(model: nn.Module, generator: torch.Generator | int | None, *, rank: int | None = None) -> None:
+    """Let the partitions be drawn from one generator, from a seed, or from torch's own random numbers where None.
+
+    A seed is that of all processes of a distributed training together: each rank draws partitions of its own from it.
 
     Under gradient checkpointing leave torch's own, which a recomputed pass draws from again; a generator would share
     tokens out anew, and gradients would be those of another pass.
@@ -327,12 +352,16 @@ def use_generator(model: nn.Module, generator: torch.Generator | None) -> None:
     ----------
     model : nn.Module
         Changed in place.
-    generator : torch.Generator or None
+    generator : torch.Generator, int or None
+    rank : int, optional
+        Of this process, for a seed; :mod:`torch.distributed` is asked by default.
 
     Raises
     ------
+    TypeError
+        Where it is neither generator nor seed, or a rank is given without a seed.
     ValueError
-        Where the model has no experts.
+        Where the model has no experts, or all are routed, or the seed or the rank is negative.
 
     Examples
     --------
@@ -346,7 +375,21 @@ def use_generator(model: nn.Module, generator: torch.Generator | None) -> None:
     >>> bool((outputs[0] == outputs[1]).all())
     True
     """
-    for _, layer in _needed(model):
+    if isinstance(generator, int) and not isinstance(generator, bool):
+        if rank is None:
+            on = torch.distributed.is_available() and torch.distributed.is_initialized()
+            rank = torch.distributed.get_rank() if on else 0
+        if generator < 0 or rank < 0:
+            raise ValueError(f"the seed of partitions is {generator}, of rank {rank}; both are numbers from 0 on")
+        # Hashed, so that neighbouring seeds and ranks share no partitions.
+        digest = hashlib.sha256(f"{generator} {rank}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    elif rank is not None or not isinstance(generator, torch.Generator | None):
+        raise TypeError(
+            f"partitions are drawn from a torch.Generator, a seed or None, not from {described(generator)}; a rank "
+            "belongs to a seed"
+        )
+    for layer in _partitioned(model, "nothing to draw"):
         layer.assignment.generator = generator
 
 
@@ -387,20 +430,23 @@ def balance_loss(model: nn.Module) -> torch.Tensor:
     return torch.stack(losses).sum()
 
 
-def _needed(model: nn.Module) -> list[tuple[str, _Experts]]:
+def needed_layers(model: nn.Module) -> list[tuple[str, Experts]]:
+    """The layers of experts, of which there must be some."""
     layers = expert_layers(model)
     if not layers:
-        raise ValueError(f"the {type(model).__name__} has no experts; put them in with ewa.convert before")
+        raise ValueError(
+            f"the {type(model).__name__} has no experts; ewa.convert leaves its argument as it is, so use the model "
+            "that it returns"
+        )
     return layers
 
 
-def _with_mean(dense: nn.Module, layer: _Experts) -> nn.Module:
-    with torch.no_grad():
-        for name, tensor in layer.experts():
-            own = dense.get_parameter(name)
-            own.copy_(tensor.mean(0))
-            own.requires_grad_(tensor.requires_grad)
-    return dense
+def _partitioned(model: nn.Module, lacks: str) -> list[Experts]:
+    """The layers that share tokens out at random."""
+    layers = [layer for _, layer in needed_layers(model) if not layer.assignment.top_k]
+    if not layers:
+        raise ValueError(f"all experts of the {type(model).__name__} are routed; a router has {lacks}")
+    return layers
 
 
 class _ScaledGradient(torch.autograd.Function):
@@ -419,33 +465,3 @@ class _ScaledGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient * ctx.factor, None
-
-
-class _Loading(threading.local):
-    """The FFNs that are being read from a file: their assignment, and which of their layers hold it already."""
-
-    def __init__(self) -> None:
-        self.assignments: weakref.WeakValueDictionary[str, Assignment] = weakref.WeakValueDictionary()
-        self.members: dict[str, set[int]] = {}
-
-
-_loading = _Loading()
-
-
-def _joined(config: Mapping[str, Any]) -> Assignment:
-    """The assignment of a layer that is read from a file, one for all layers of its FFN.
-
-    Layers are read one by one and do not know their neighbours; those of one FFN bear one group and different members,
-    so that a member that comes again begins another reading.
-    """
-    names = ("num_experts", "eval_mode", "few_tokens", "grad_scale", "top_k")
-    settings = {name: config[name] for name in names}
-    group, member = str(config["group"]), int(config["member"])
-    known = _loading.assignments.get(group)
-    members = _loading.members.setdefault(group, set())
-    if known is None or member in members or known.settings() != settings:
-        known = Assignment(**settings)
-        _loading.assignments[group] = known
-        members.clear()
-    members.add(member)
-    return known

@@ -57,6 +57,10 @@ def feed_forwards(model: nn.Module, layers: Layers = "all") -> list[FeedForward]
         glob of names, and a class or a function of ``(name, module)`` chooses as well
         (:func:`retensor.replacing.matching`).
 
+    Returns
+    -------
+    list of FeedForward
+
     Raises
     ------
     ValueError
