@@ -148,6 +148,9 @@ def test_what_was_frozen_stays_frozen_and_the_bias_is_a_copy() -> None:
     assert made.bias is not layer.bias
     assert torch.equal(made.bias, layer.bias)
     assert not made.to_dense().weight.requires_grad
+    model = nn.Sequential(layer)
+    for other in (pela.compress(model), pela.compress(model, init="random"), pela.skeleton(model)):
+        assert [parameter.requires_grad for parameter in other.parameters()] == [False, False, True]
 
 
 def test_a_parent_that_reads_the_weight_gets_the_product_with_its_gradient() -> None:
@@ -158,6 +161,30 @@ def test_a_parent_that_reads_the_weight_gets_the_product_with_its_gradient() -> 
     assert made[0].weight.grad is not None
     assert (made.in_features, made.out_features, made.rank) == (32, 24, 6)
     assert pela.LowRankLinear.from_layer(linear(32, 24).bfloat16(), 6).weight.dtype == torch.bfloat16
+
+
+def test_what_is_known_of_a_weight_costs_nothing_and_a_linear_function_of_it_two_thin_products(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = pela.LowRankLinear.from_layer(linear(32, 24), 6)
+    x, expected = matrix(3, 32), made.product().detach()
+    weight = made.weight
+    assert torch.equal(weight, expected)
+    assert torch.equal(nn.functional.linear(x, weight.detach()), x @ expected.T)
+    assert torch.allclose(x @ weight.T, x @ expected.T)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the product is worked out")
+
+    monkeypatch.setattr(pela.LowRankLinear, "product", refuse)
+    assert isinstance(weight, torch.Tensor)
+    assert (weight.shape, weight.size(0), weight.dim(), weight.ndim, weight.numel()) == ((24, 32), 24, 2, 2, 768)
+    assert (weight.dtype, weight.device, weight.is_floating_point()) == (torch.float32, made[0].weight.device, True)
+    assert made.to("meta").weight.device.type == "meta"
+    made = pela.LowRankLinear.from_layer(linear(32, 24), 6)
+    assert torch.equal(nn.functional.linear(input=x, weight=made.weight, bias=made.bias), made(x))
+    with pytest.raises(AssertionError, match="is worked out"):
+        weight.sum()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 from timm.models.mlp_mixer import MlpMixer
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import retensor as rt
 from retensor.compression import pela
@@ -111,7 +112,7 @@ def test_models_of_both_libraries_go_through_as_they_come(name: str) -> None:
     assert len(names) == MODELS[name][1]
     total, parts = pela.PELALoss(model, student, beta=1.0)(x)
     total.backward()
-    assert all(float(part) > 0 for part in parts.values())
+    assert all(float(parts[part]) > 0 for part in ("fd", "wp", "logit"))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert str(model) == str(made(name)[0])
 
@@ -151,18 +152,20 @@ def test_students_are_exported_copied_saved_and_loaded(name: str, tmp_path: Path
 def test_blocks_are_what_timm_calls_intermediates() -> None:
     model, x = made("deit")
     student = pela.compress(model, 2.0)
-    found, parts = pela.PELALoss(model, student, gamma=0)(x)
+    found = pela.PELALoss(model, student, gamma=0)(x)[1]["fd"]
     theirs = [
-        m.forward_intermediates(x, norm=False, output_fmt="NLC", intermediates_only=True) for m in (student, model)
+        [
+            # timm takes the class token off.
+            torch.cat([prefix, patches], dim=1)
+            for patches, prefix in m.forward_intermediates(
+                x, norm=False, output_fmt="NLC", intermediates_only=True, return_prefix_tokens=True
+            )
+        ]
+        for m in (student, model)
     ]
+    assert [tuple(tokens.shape) for tokens in theirs[0]] == [(2, 17, 64)] * len(pela.blocks(student))
     expected = sum(((s - t) ** 2).mean() for s, t in zip(*theirs, strict=True)) / len(theirs[0])
-    # timm takes the class token off.
-    assert len(theirs[0]) == len(pela.blocks(student)) == 2
-    tokens = pela.PELALoss(model, student, gamma=0, features=lambda m, x: (None, m.forward_intermediates(
-        x, norm=False, output_fmt="NLC", intermediates_only=True)))(x)[1]["fd"]  # fmt: skip
-    assert torch.allclose(tokens, expected.detach())
-    assert torch.isfinite(found)
-    assert set(parts) == {"fd"}
+    assert torch.allclose(found, expected.detach(), rtol=1e-5, atol=0)
     assert pela.blocks(pela.compress(made("swin")[0], 2.0)) == [
         f"layers.{i}.blocks.{j}" for i in (0, 1) for j in (0, 1)
     ]
@@ -295,9 +298,10 @@ def cut(state: dict[str, torch.Tensor], *names: str) -> dict[str, torch.Tensor]:
     ("change", "said"),
     [
         (lambda s: cut(s, "blocks.1.mlp.fc1.1.bias"), r"lacks 'blocks.1.mlp.fc1.1.bias'"),
-        (lambda s: cut(s, "blocks.1.mlp.fc1.0.weight"), r"lacks 'blocks.1.mlp.fc1.weight'"),
+        (lambda s: cut(s, "blocks.1.mlp.fc1.0.weight"), r"holds 'blocks.1.mlp.fc1.1.(weight|bias)', which the model"),
         (lambda s: cut(s, "pos_embed"), "lacks 'pos_embed'"),
-        (lambda s: s | {"more": torch.zeros(1)}, "holds 'more', which the base lacks"),
+        (lambda s: s | {"more": torch.zeros(1)}, "holds 'more', which the model lacks"),
+        (lambda s: s | {"norm.bias": torch.zeros(64, dtype=torch.int64)}, "'norm.bias' is of type torch.int64 in"),
         (
             lambda s: s | {"pos_embed": torch.zeros(1, 2, 3)},
             r"'pos_embed' has shape \[1, 2, 3\] in .* and \[1, 17, 64\]",
@@ -317,6 +321,52 @@ def test_checkpoints_that_do_not_fit_are_refused(change: Callable[..., Any], sai
     save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "model.safetensors")
     with pytest.raises(RetensorError, match=said):
         pela.load(tmp_path, model)
+
+
+def test_a_base_is_checked_before_it_is_filled() -> None:
+    model, _ = made("deit")
+    state = pela.compress(model, 2.0).state_dict()
+    with pytest.raises(RetensorError, match="of the model lies on the meta device, where values cannot be loaded"):
+        pela.load(state, copy.deepcopy(model).to("meta"))
+    with pytest.raises(RetensorError, match=r"'norm.bias' of 'the checkpoint' is 3; a state dict holds tensors alone"):
+        pela.load(state | {"norm.bias": 3}, model)  # type: ignore[dict-item]
+    tied = copy.deepcopy(model)
+    tied.blocks[1].attn.qkv.weight = tied.blocks[0].attn.qkv.weight
+    with pytest.raises(RetensorError, match=r"'the checkpoint' does not fit the base: .* are one tensor"):
+        pela.load(cut(state, "blocks.1.attn.qkv.0.weight"), tied)
+    with torch.no_grad():
+        # What is not a number in the base does not matter: all values come from the checkpoint.
+        for parameter in tied.parameters():
+            parameter.fill_(float("nan"))
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    assert all(torch.equal(value, state[name]) for name, value in pela.load(state, model).state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["t5", "beit", "swin v2"])
+def test_parents_that_read_a_weight_save_operations_too(name: str) -> None:
+    model, x = made(name)
+    student = pela.compress(model, planned(model))
+    flops = []
+    for part in (model, student):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            run(part, x)
+        flops.append(counter.get_total_flops())
+    # Half of the layers' operations go; those of the attention stay.
+    assert flops[1] < 0.56 * flops[0]
+
+
+def test_the_distance_of_weights_follows_a_teacher_whose_tensors_are_exchanged() -> None:
+    model, x = made("gpt2")
+    student = pela.compress(model, 2.0)
+    loss = pela.PELALoss(model, student, alpha=0)
+    before = loss(x)[1]["wp"]
+    for assign in (False, True):
+        model.load_state_dict({name: 2 * value for name, value in model.state_dict().items()}, assign=assign)
+        after = loss(x)[1]["wp"]
+        assert torch.equal(after, pela.PELALoss(model, student, alpha=0)(x)[1]["wp"])
+        assert after > before
+        before = after
 
 
 def test_sources_that_are_none_are_told(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from fractions import Fraction
 from itertools import pairwise
 
@@ -98,6 +99,20 @@ def test_the_table_has_the_energy_of_the_singular_values() -> None:
     with torch.no_grad():
         model[0].weight.zero_()
     assert pela.plan(model, 2.0).energies["0"] == 1.0
+
+
+def test_a_plan_is_data_that_holds_none_of_the_model() -> None:
+    model = net()
+    found, without = pela.plan(model), pela.plan(model, energies=False)
+    assert found == without == pickle.loads(pickle.dumps(found))
+    assert hash(found) == hash(without)
+    assert len(pickle.dumps(found)) < 2000
+    assert all(energy != energy for energy in without.energies.values())
+    assert "nan" in without.table()
+    kept = found.table()
+    with torch.no_grad():
+        model[0].weight.zero_()
+    assert found.table() == kept
 
 
 def test_small_omitted_and_foreign_layers_stay() -> None:

@@ -7,6 +7,8 @@ from typing import Any, Literal, Self, TypeAlias
 
 import torch
 from torch import nn
+from torch.nn import functional
+from torch.utils._pytree import tree_map
 
 from retensor.compression.pela.svd import balanced_factors
 from retensor.files import described
@@ -65,8 +67,7 @@ class LowRankLinear(Replacement, nn.Sequential):
         Of a layer on the meta device, one on the meta device.
         """
         made = cls._empty(*shape_of(layer), rank, layer.bias is not None, layout_of(layer))
-        weight = layer.weight.detach()
-        weight = weight.T if made.layout == "conv1d" else weight
+        weight = matrix_of(layer)
         first, second = made[0], made[1]
         if weight.is_meta:
             made.to(weight.dtype)
@@ -75,10 +76,14 @@ class LowRankLinear(Replacement, nn.Sequential):
             first.weight, second.weight = nn.Parameter(a), nn.Parameter(b)
             if layer.bias is not None:
                 second.bias = nn.Parameter(layer.bias.detach().clone())
-        made.requires_grad_(layer.weight.requires_grad)
-        if layer.bias is not None:
-            second.bias.requires_grad_(layer.bias.requires_grad)
-        return made
+        return made.trained_as(layer)
+
+    def trained_as(self, layer: nn.Module) -> Self:
+        """Train what the layer trains: both factors for its weight, and the bias; returns itself."""
+        self.requires_grad_(layer.weight.requires_grad)
+        if self.bias is not None:
+            self.bias.requires_grad_(layer.bias.requires_grad)
+        return self
 
     def config(self) -> dict[str, Any]:
         """Sizes, and the layout."""
@@ -117,10 +122,11 @@ class LowRankLinear(Replacement, nn.Sequential):
         return plain
 
     def product(self) -> torch.Tensor:
-        """``B A`` of shape (out, in), in float32 at least."""
+        """``B A`` of shape (out, in), in float32 at least, under autocast too."""
         a, b = self[0].weight, self[1].weight
         wide = torch.promote_types(a.dtype, torch.float32)
-        return b.to(wide) @ a.to(wide)
+        with torch.autocast(a.device.type, enabled=False):
+            return b.to(wide) @ a.to(wide)
 
     @property
     def in_features(self) -> int:
@@ -146,8 +152,13 @@ class LowRankLinear(Replacement, nn.Sequential):
     def weight(self) -> torch.Tensor:
         """``B A`` as the replaced layer kept it, for parents that read a weight instead of calling the layer.
 
-        It is multiplied anew at every reading, so that such a parent comes out right but saves no time.
+        Its shape, type and device cost nothing, and a linear function of it is two thin products; what else reads it
+        multiplies both factors.
         """
+        # A tensor class that is made while TorchDynamo traces would end its graph.
+        return self._multiplied() if torch.compiler.is_dynamo_compiling() else _Product(self)
+
+    def _multiplied(self) -> torch.Tensor:
         product = self.product().to(self[1].weight.dtype)
         return product.T if self.layout == "conv1d" else product
 
@@ -164,6 +175,59 @@ class LowRankLinear(Replacement, nn.Sequential):
         """On the meta device: nothing is drawn that would be overwritten."""
         with torch.device("meta"):
             return cls(in_features, out_features, rank, bias, layout)
+
+
+class _Product(torch.Tensor):
+    """The weight of a layer of low rank, multiplied where it is used as more than a weight of a linear function."""
+
+    _layer: LowRankLinear
+
+    def __new__(cls, layer: LowRankLinear) -> Self:
+        shape = (layer.out_features, layer.in_features)
+        like = torch.empty(
+            shape[::-1] if layer.layout == "conv1d" else shape, dtype=layer[1].weight.dtype, device="meta"
+        )
+        made: Self = torch.Tensor._make_subclass(cls, like)
+        made._layer = layer
+        return made
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is functional.linear:
+            return _linear(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _FREE:
+                return func(*args, **kwargs)
+            if func == torch.Tensor.device.__get__:
+                return args[0]._layer[1].weight.device
+            return func(*(tree_map(_plain, args)), **tree_map(_plain, kwargs))
+
+
+_FREE = frozenset({
+    torch.Tensor.shape.__get__, torch.Tensor.dtype.__get__, torch.Tensor.ndim.__get__,
+    torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.is_floating_point,
+})  # fmt: skip
+"""What is known of a product before it is worked out."""
+
+
+def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    if not isinstance(weight, _Product) or weight._layer.layout != "linear":
+        return functional.linear(*(_plain(part) for part in (input, weight, bias)))
+    first, second = weight._layer
+    return functional.linear(functional.linear(_plain(input), first.weight), second.weight, bias)
+
+
+def _plain(part: Any) -> Any:
+    return part._layer._multiplied() if isinstance(part, _Product) else part
+
+
+def matrix_of(layer: nn.Module) -> torch.Tensor:
+    """The weight of a linear layer as (out, in), without its history."""
+    weight: torch.Tensor = layer.weight.detach()
+    return weight.T if is_conv1d(layer) else weight
 
 
 def layout_of(layer: nn.Module) -> Layout:

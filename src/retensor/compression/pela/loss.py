@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from retensor.compression.pela.layer import LowRankLinear
+from retensor.compression.pela.layer import LowRankLinear, matrix_of
 from retensor.compression.pela.model import pairs
 from retensor.files import described
 from retensor.replacing.match import suggestions
@@ -22,6 +22,10 @@ Features: TypeAlias = (
 """``"blocks"``, names of modules, or a function that runs a model and returns its output and its features."""
 
 
+PARTS = ("task", "fd", "wp", "logit")
+"""Names of the parts of the loss."""
+
+
 class PELALoss:
     r"""The loss of the repair, ``L_task + alpha L_FD + gamma L_WP + beta L_logit``; one pass of each model a call.
 
@@ -30,7 +34,8 @@ class PELALoss:
     teacher : nn.Module
         The original. It is set to eval mode, gives no gradients, and must share no parameter with the student.
     student : nn.Module
-        What :func:`compress` made of it. All its parameters train.
+        What :func:`compress` made of it. All its parameters train. Both may be wrapped by ``torch.compile`` or for
+        data parallelism.
     alpha : float
         Of the features' distance, :func:`feature_loss`. The paper takes 1 for DeiT and Swin and 0.1 for ALBEF.
     gamma : float
@@ -43,7 +48,8 @@ class PELALoss:
         ``"blocks"``: outputs of all transformer blocks (:func:`blocks`). Names: outputs of those modules. A function of
         ``(model, x)`` that returns ``(output, features)``: what it takes.
     one_sided : bool
-        Whether distances of weights below ``eps`` cost nothing. In the paper's code they do.
+        Whether distances of weights below ``eps`` cost nothing. By default they are pushed up to it, as in the paper's
+        code.
 
     Raises
     ------
@@ -55,8 +61,8 @@ class PELALoss:
 
     Notes
     -----
-    Parts whose weight is 0 are not worked out, and the teacher runs only where its outputs are needed. Swin of the
-    authors compares the pooled features instead; that is ``features=lambda model, x: ...`` with one of timm's
+    Parts whose weight is 0 are not worked out and told as nan, and the teacher runs only where it is needed. Swin of
+    the authors compares the pooled features instead; that is ``features=lambda model, x: ...`` with one of timm's
     ``forward_features`` and ``forward_head``.
 
     Examples
@@ -69,8 +75,8 @@ class PELALoss:
     >>> x, y = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
     >>> total, parts = loss(x, lambda logits: functional.cross_entropy(logits, y))
     >>> total.backward()
-    >>> sorted(parts)
-    ['fd', 'task', 'wp']
+    >>> [name for name, part in parts.items() if not part.isnan()]
+    ['task', 'fd', 'wp']
     """
 
     def __init__(
@@ -93,12 +99,18 @@ class PELALoss:
                 raise TypeError(f"{name} is a number, not {described(value)}")
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} is {value}; it is 0 or more")
-        self._pairs = pairs(teacher, student)
+        self._pairs = pairs(unwrapped(teacher), unwrapped(student))
         _check_apart(teacher, student)
         self.teacher, self.student = teacher.eval(), student
         self.alpha, self.gamma, self.eps, self.beta = alpha, gamma, eps, beta
         self.one_sided = one_sided
-        self._run = _runner(student, teacher, features) if alpha else _plain
+        # Names and kinds are checked where nothing is compared, too; only blocks need not be found then.
+        run = (
+            _plain
+            if not alpha and isinstance(features, str) and features == "blocks"
+            else _runner(unwrapped(student), unwrapped(teacher), features)
+        )
+        self._run = run if alpha else _plain
 
     def __call__(
         self, x: Any, task: Callable[[Any], torch.Tensor] | None = None
@@ -117,7 +129,8 @@ class PELALoss:
         total : torch.Tensor
             A scalar to call ``backward`` on.
         parts : dict of str to torch.Tensor
-            Before weighting and without gradients: ``task``, ``fd``, ``wp``, ``logit``, those that were worked out.
+            Before weighting and without gradients: ``task``, ``fd``, ``wp`` and ``logit``; nan those that were not
+            worked out.
 
         Raises
         ------
@@ -140,11 +153,16 @@ class PELALoss:
         if self.gamma:
             terms["wp"] = (
                 self.gamma,
-                weight_loss(((layer, weight) for _, layer, weight in self._pairs), self.eps, one_sided=self.one_sided),
+                weight_loss(
+                    ((layer, matrix_of(original)) for _, layer, original in self._pairs),
+                    self.eps,
+                    one_sided=self.one_sided,
+                ),
             )
         if not terms:
             raise ValueError("there is no loss: alpha, beta and gamma are 0; give a loss of the task")
-        parts = {name: value.detach() for name, (_, value) in terms.items()}
+        nothing = torch.tensor(math.nan)
+        parts = {name: terms[name][1].detach() if name in terms else nothing for name in PARTS}
         total = torch.stack([weight * value.to(next(iter(terms.values()))[1]) for weight, value in terms.values()])
         return total.sum(), parts
 
@@ -156,6 +174,11 @@ def feature_loss(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor
     ----------
     student, teacher : sequence of torch.Tensor
         One a block, of equal shapes; no gradient goes to the teacher's. Types under float32 are compared in float32.
+
+    Returns
+    -------
+    torch.Tensor
+        A scalar of float32 at least.
 
     Raises
     ------
@@ -209,10 +232,12 @@ def weight_loss(
     for layer, weight in layers:
         a, b = layer[0].weight, layer[1].weight
         wide = torch.promote_types(a.dtype, torch.float32)
-        with torch.no_grad():
-            at = torch.addmm(weight.to(wide), b.to(wide), a.to(wide), beta=-1).abs_().argmax()
-        row, column = at // a.shape[1], at % a.shape[1]
-        entry = (b.index_select(0, row[None]).to(wide) @ a.index_select(1, column[None]).to(wide)).squeeze()
+        # Autocast would multiply in half precision, whose rounding is as large as what is measured.
+        with torch.autocast(a.device.type, enabled=False):
+            with torch.no_grad():
+                at = torch.addmm(weight.to(wide), b.to(wide), a.to(wide), beta=-1).abs_().argmax()
+            row, column = at // a.shape[1], at % a.shape[1]
+            entry = (b.index_select(0, row[None]).to(wide) @ a.index_select(1, column[None]).to(wide)).squeeze()
         distance = (entry - weight.detach()[row, column].to(wide)).abs() - eps
         terms.append((distance.clamp_min(0) if one_sided else distance) ** 2)
     if not terms:
@@ -255,6 +280,17 @@ def blocks(student: nn.Module) -> list[str]:
     ]
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what ``torch.compile`` and data parallelism put around it, whose names are those of the plan."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
 _Run: TypeAlias = "Callable[[nn.Module, Any], tuple[Any, Sequence[torch.Tensor]]]"
 
 
@@ -281,7 +317,7 @@ def _runner(student: nn.Module, teacher: nn.Module, features: Any) -> _Run:
                 raise ValueError(f"the {who} has no module {described(name)}; {suggestions(name, known)}")
 
     def run(model: nn.Module, x: Any) -> tuple[Any, Sequence[torch.Tensor]]:
-        with _outputs_of(model, names) as found:
+        with _outputs_of(unwrapped(model), names) as found:
             output = _called(model, x)
         silent = [name for name in names if not found[name]]
         if silent:

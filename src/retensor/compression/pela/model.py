@@ -10,14 +10,14 @@ from typing import Literal
 import torch
 from torch import nn
 
-from retensor.compression.pela.layer import LowRankLinear, is_conv1d, layout_of, shape_of
-from retensor.compression.pela.ranks import LayerPlan, Plan
+from retensor.compression.pela.layer import LowRankLinear, is_conv1d, layout_of, matrix_of, shape_of
+from retensor.compression.pela.ranks import LayerPlan, Plan, check_finite
 from retensor.compression.pela.ranks import plan as plan_of
 from retensor.errors import MissingExtraError, RetensorError
 from retensor.files import brief, broken_link, described
 from retensor.replacing import fold, replace
 from retensor.replacing.match import exactly
-from retensor.replacing.state import KEY
+from retensor.replacing.state import KEY, compare
 from retensor.replacing.state import load as load_state
 
 
@@ -41,7 +41,8 @@ def compress(
     Returns
     -------
     nn.Module
-        Keep it with :func:`retensor.save`; :func:`merge` gives plain layers back.
+        Keep it with :func:`retensor.save`, whatever library the model is of (models of transformers have their
+        ``save_pretrained`` too), and read either with :func:`load`; :func:`merge` gives plain layers back.
 
     Raises
     ------
@@ -57,13 +58,14 @@ def compress(
     ['0.0.weight', '0.1.weight', '0.1.bias', '2.0.weight', '2.1.weight', '2.1.bias']
     """
     if not isinstance(plan, Plan):
-        plan = plan_of(model, plan)
+        plan = plan_of(model, plan, energies=False)
     if init not in ("svd", "random"):
         raise ValueError(f"init is {described(init)}; it is 'svd' or 'random'")
     generator = torch.Generator().manual_seed(seed)
 
     def make(layer: nn.Module, wanted: LayerPlan) -> nn.Module:
         if init == "svd":
+            check_finite(wanted.name, layer)
             return LowRankLinear.from_layer(layer, wanted.rank)
         return _random(layer, wanted, generator)
 
@@ -81,6 +83,15 @@ def skeleton(base: nn.Module, plan: Plan | float = 2.0) -> nn.Module:
     base, plan
         As in :func:`compress`.
 
+    Returns
+    -------
+    nn.Module
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`compress`.
+
     Examples
     --------
     >>> net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
@@ -91,7 +102,7 @@ def skeleton(base: nn.Module, plan: Plan | float = 2.0) -> nn.Module:
     <All keys matched successfully>
     """
     if not isinstance(plan, Plan):
-        plan = plan_of(base, plan)
+        plan = plan_of(base, plan, energies=False)
     return _replaced(base, plan, _unfilled)
 
 
@@ -107,10 +118,16 @@ def load(source: str | os.PathLike[str] | Mapping[str, torch.Tensor], base: nn.M
     base : nn.Module
         A model of the original architecture, which stays as it is.
 
+    Returns
+    -------
+    nn.Module
+        In training mode where the base is; of the base's types.
+
     Raises
     ------
     RetensorError
-        Where the file is missing or damaged, or names or shapes differ from those of the base: all must be there.
+        Where the file is missing or damaged, or names, shapes or kinds of number differ from those of the base, which
+        lies on a real device: all must be there.
     TypeError
         Where an argument is of another kind.
 
@@ -131,11 +148,25 @@ def load(source: str | os.PathLike[str] | Mapping[str, torch.Tensor], base: nn.M
     path = Path(source)
     path = path / "model.safetensors" if path.is_dir() else path
     tensors, ours = _read(path)
-    return load_state(path, base) if ours else _filled(base, tensors, f"'{brief(path)}'")
+    return load_state(path, base) if ours else _filled(base, tensors, brief(path))
 
 
 def merge(student: nn.Module) -> nn.Module:
     """Plain layers with the weights ``B A`` in a copy of a student: :func:`retensor.fold`.
+
+    Parameters
+    ----------
+    student : nn.Module
+
+    Returns
+    -------
+    nn.Module
+        Of the architecture that was compressed, with outputs equal within rounding.
+
+    Raises
+    ------
+    TypeError
+        Where it is no module.
 
     Examples
     --------
@@ -151,6 +182,15 @@ def merge(student: nn.Module) -> nn.Module:
 def deviations(teacher: nn.Module, student: nn.Module) -> dict[str, float]:
     """The largest absolute entry of ``B A - W`` of every replaced layer, by name: what the repair's L_WP holds down.
 
+    Parameters
+    ----------
+    teacher, student : nn.Module
+        The original and what :func:`compress` made of it.
+
+    Returns
+    -------
+    dict of str to float
+
     Raises
     ------
     ValueError
@@ -164,14 +204,15 @@ def deviations(teacher: nn.Module, student: nn.Module) -> dict[str, float]:
     (['0'], True)
     """
     return {
-        name: float((layer.product() - weight.to(layer.product().dtype)).abs().max())
-        for name, layer, weight in pairs(teacher, student)
+        # Where the weight is of a wider type than the factors, nothing is rounded off.
+        name: float((layer.product() - matrix_of(original)).abs().max())
+        for name, layer, original in pairs(teacher, student)
     }
 
 
-def pairs(teacher: nn.Module, student: nn.Module) -> list[tuple[str, LowRankLinear, torch.Tensor]]:
-    """Every replaced layer of a student with the weight it stands for, as (out, in)."""
-    found: list[tuple[str, LowRankLinear, torch.Tensor]] = []
+def pairs(teacher: nn.Module, student: nn.Module) -> list[tuple[str, LowRankLinear, nn.Module]]:
+    """Every replaced layer of a student with the teacher's layer, whose weight may become another tensor later."""
+    found: list[tuple[str, LowRankLinear, nn.Module]] = []
     for name, layer in student.named_modules():
         if not isinstance(layer, LowRankLinear):
             continue
@@ -179,20 +220,19 @@ def pairs(teacher: nn.Module, student: nn.Module) -> list[tuple[str, LowRankLine
             original = teacher.get_submodule(name)
         except AttributeError:
             original = None
-        weight = getattr(original, "weight", None)
-        if isinstance(original, LowRankLinear) or not isinstance(weight, torch.Tensor):
+        if original is None or not (isinstance(original, nn.Linear) or is_conv1d(original)):
             raise ValueError(
                 f"the teacher has no linear layer '{name}', which the student replaces; the teacher is the model that "
                 "was compressed"
             )
-        weight = weight.T if layer.layout == "conv1d" else weight
-        if tuple(weight.shape) != (layer.out_features, layer.in_features):
+        shape = list(matrix_of(original).shape)
+        if shape != [layer.out_features, layer.in_features]:
             raise ValueError(
-                f"'{name}' has a weight of shape {list(weight.shape)} in the teacher, and stands for one of "
+                f"'{name}' has a weight of shape {shape} in the teacher, and stands for one of "
                 f"{[layer.out_features, layer.in_features]} in the student; the teacher is the model that was "
                 "compressed"
             )
-        found.append((name, layer, weight))
+        found.append((name, layer, original))
     if not found:
         raise ValueError(f"the {type(student).__name__} has no layers of low rank; compress a model to make a student")
     return found
@@ -222,8 +262,6 @@ def _check_fits(model: nn.Module, name: str, wanted: LayerPlan) -> None:
             f"'{name}' has {shape[0]} inputs and {shape[1]} outputs, and {wanted.in_features} and "
             f"{wanted.out_features} in the plan; plan for this model"
         )
-    if not layer.weight.is_meta and not bool(torch.isfinite(layer.weight).all()):
-        raise ValueError(f"the weight of '{name}' has values that are not finite; a decomposition needs finite ones")
 
 
 def _random(layer: nn.Module, wanted: LayerPlan, generator: torch.Generator) -> LowRankLinear:
@@ -247,7 +285,7 @@ def _unfilled(layer: nn.Module, wanted: LayerPlan) -> LowRankLinear:
             "bias": layer.bias is not None,
             "layout": layout_of(layer),
         }
-    )
+    ).trained_as(layer)
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
@@ -278,6 +316,9 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
 
 def _filled(base: nn.Module, tensors: Mapping[str, torch.Tensor], shown: str) -> nn.Module:
     """A copy of ``base`` with layers of the ranks that the tensors have, and with all of their values."""
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor):
+            raise RetensorError(f"'{brief(name)}' of '{shown}' is {described(value)}; a state dict holds tensors alone")
     layers = []
     for name, module in base.named_modules():
         dot = f"{name}." if name else ""
@@ -295,23 +336,17 @@ def _filled(base: nn.Module, tensors: Mapping[str, torch.Tensor], shown: str) ->
         layers.append(LayerPlan(name, inputs, outputs, rank, module.bias is not None, layout_of(module)))
     if not layers:
         raise RetensorError(
-            f"{shown} has no layer of low rank that the base has as a linear one; give the architecture it was "
+            f"'{shown}' has no layer of low rank that the base has as a linear one; give the architecture it was "
             "compressed from as base"
         )
-    model = _replaced(base, Plan(1.0, tuple(layers), {}, 0, 0), _unfilled)
+    try:
+        model = _replaced(base, Plan(1.0, tuple(layers), {}, 0, 0), _unfilled)
+    except ValueError as error:
+        raise RetensorError(f"'{shown}' does not fit the base: {error}") from None
     mine = model.state_dict(keep_vars=True)
     # What the base ties is kept once in files of transformers.
-    there = {id(mine[name]) for name in tensors if name in mine}
-    lacking = [name for name, tensor in mine.items() if name not in tensors and id(tensor) not in there]
-    strange = [name for name in tensors if name not in mine]
-    if lacking or strange:
-        what = f"lacks '{lacking[0]}'" if lacking else f"holds '{brief(strange[0])}', which the base lacks"
-        raise RetensorError(f"{shown} {what}; give the architecture it was compressed from as base")
-    for name, tensor in tensors.items():
-        if tuple(tensor.shape) != tuple(mine[name].shape):
-            raise RetensorError(
-                f"'{brief(name)}' has shape {list(tensor.shape)} in {shown} and {list(mine[name].shape)} in the base; "
-                "give the architecture it was compressed from as base"
-            )
-    model.load_state_dict(dict(tensors), strict=False)
+    kept = {id(mine[name]): tensor for name, tensor in tensors.items() if name in mine}
+    tensors = {**{name: kept[id(own)] for name, own in mine.items() if id(own) in kept}, **tensors}
+    compare(tensors, mine, shown)
+    model.load_state_dict(tensors)
     return model

@@ -6,14 +6,13 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from retensor.compression.pela.layer import Layout, LowRankLinear, is_conv1d, layout_of, shape_of
+from retensor.compression.pela.layer import Layout, LowRankLinear, is_conv1d, layout_of, matrix_of, shape_of
 from retensor.compression.pela.svd import singular_values
 from retensor.files import described
 from retensor.replacing.match import Pattern, meaning, shown, suggestions
@@ -33,6 +32,8 @@ class LayerPlan:
     in_features, out_features, rank : int
     bias : bool
     layout : {"linear", "conv1d"}
+    energy : float
+        Share of the weight's squared singular values that is kept; nan where it was not worked out, or there are none.
     """
 
     name: str
@@ -41,6 +42,7 @@ class LayerPlan:
     rank: int
     bias: bool
     layout: Layout = "linear"
+    energy: float = field(default=math.nan, compare=False)
 
     @property
     def before(self) -> int:
@@ -70,25 +72,21 @@ class Plan:
 
     ratio: float
     layers: tuple[LayerPlan, ...]
-    left: Mapping[str, str]
+    left: Mapping[str, str] = field(hash=False)
     before: int
     after: int
-    _weights: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    @cached_property
-    def energies(self) -> Mapping[str, float]:
-        """Of each layer, the share of its weight's squared singular values that is kept; worked out at first use.
-
-        Weights on the meta device have none: nan.
-        """
-        return {layer.name: _energy(self._weights[layer.name], layer) for layer in self.layers}
+    @property
+    def energies(self) -> dict[str, float]:
+        """Of each layer, by name, :attr:`LayerPlan.energy`."""
+        return {layer.name: layer.energy for layer in self.layers}
 
     def table(self) -> str:
         """All layers with inputs, outputs, rank, parameters before and after, and the energy kept."""
         rows = [["layer", "in", "out", "rank", "before", "after", "energy"]]
         for layer in self.layers:
             sizes = (layer.in_features, layer.out_features, layer.rank, layer.before, layer.after)
-            rows.append([layer.name, *(f"{size:,}" for size in sizes), f"{self.energies[layer.name]:.4f}"])
+            rows.append([layer.name, *(f"{size:,}" for size in sizes), f"{layer.energy:.4f}"])
         before, after = (sum(getattr(layer, what) for layer in self.layers) for what in ("before", "after"))
         rows.append([f"{len(self.layers)} layers", "", "", "", f"{before:,}", f"{after:,}", ""])
         rows.append(
@@ -107,6 +105,18 @@ class Plan:
 def rank_of(in_features: int, out_features: int, ratio: float) -> int:
     """The largest rank whose two factors hold at most ``in * out / ratio`` numbers: PELA's rule.
 
+    Parameters
+    ----------
+    in_features, out_features : int
+        Of the layer.
+    ratio : float
+        Weights before to after.
+
+    Returns
+    -------
+    int
+        0 where no rank is so small.
+
     Examples
     --------
     >>> rank_of(768, 2304, 2), rank_of(768, 768, 2), rank_of(768, 3072, 2)
@@ -123,6 +133,7 @@ def plan(
     min_out: int = 10,
     on_tiny: Literal["raise", "skip"] = "raise",
     ranks: Mapping[Pattern, int] | None = None,
+    energies: bool = True,
 ) -> Plan:
     """Decide what is replaced in a model; nothing is changed.
 
@@ -141,6 +152,14 @@ def plan(
         What to do with a layer so small that its rank would be less than 1.
     ranks : mapping of pattern to int, optional
         Ranks of some layers that are not to follow the ratio: patterns as in :func:`retensor.replace`.
+    energies : bool
+        Whether to work out what share of each weight is kept, which takes about as long as compressing does. Of
+        weights on the meta device nothing is.
+
+    Returns
+    -------
+    Plan
+        It holds no tensor of the model, whose weights may change between planning and compressing.
 
     Raises
     ------
@@ -184,7 +203,6 @@ def plan(
     within = {id(part) for done in model.modules() if isinstance(done, LowRankLinear) for part in done}
     layers: list[LayerPlan] = []
     left: dict[str, str] = {}
-    weights: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
         if not (isinstance(module, nn.Linear) or is_conv1d(module)) or id(module) in within:
             continue
@@ -205,14 +223,14 @@ def plan(
                 f"{'pass on_tiny=' + repr('skip') if rank < 1 else 'take a rank of its smaller side at most'}, "
                 "or take a lower ratio"
             )
-        layers.append(LayerPlan(name, inputs, outputs, rank, module.bias is not None, layout_of(module)))
-        weights[name] = module.weight.detach()
+        energy = _energy(matrix_of(module), rank) if energies else math.nan
+        layers.append(LayerPlan(name, inputs, outputs, rank, module.bias is not None, layout_of(module), energy))
     own_ranks.check(name for name, _ in model.named_modules())
     if not layers:
         why = "; ".join(f"'{name}': {why}" for name, why in list(left.items())[:3]) or "it has no linear layers"
         raise ValueError(f"no layer of the {type(model).__name__} would be replaced ({why}); change omit or min_out")
     before = sum(parameter.numel() for parameter in model.parameters())
-    return Plan(float(ratio), tuple(layers), left, before, before - sum(la.before - la.after for la in layers), weights)
+    return Plan(float(ratio), tuple(layers), left, before, before - sum(la.before - la.after for la in layers))
 
 
 def _check(model: Any, ratio: Any, omit: Any, min_out: Any, on_tiny: Any) -> None:
@@ -304,13 +322,18 @@ def _check_layer(name: str, layer: nn.Module, owners: Mapping[int, list[str]], h
                 f"{' and '.join(repr(owner) for owner in told)} are one tensor, which replacing would part; add "
                 f"'{name}' to omit"
             )
+    check_finite(name, layer)
+
+
+def check_finite(name: str, layer: nn.Module) -> None:
+    """Refuse a weight that cannot be decomposed."""
     if not layer.weight.is_meta and not bool(torch.isfinite(layer.weight).all()):
         raise ValueError(f"the weight of '{name}' has values that are not finite; a decomposition needs finite ones")
 
 
-def _energy(weight: torch.Tensor, layer: LayerPlan) -> float:
+def _energy(weight: torch.Tensor, rank: int) -> float:
     if weight.is_meta:
         return math.nan
     squares = singular_values(weight) ** 2
     total = float(squares.sum())
-    return float(squares[: layer.rank].sum()) / total if total else 1.0
+    return float(squares[:rank].sum()) / total if total else 1.0

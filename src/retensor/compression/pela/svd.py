@@ -59,6 +59,16 @@ def balanced_factors(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, tor
 def singular_values(weight: torch.Tensor) -> torch.Tensor:
     """Singular values of a matrix, largest first, as float64 on the CPU.
 
+    Parameters
+    ----------
+    weight : torch.Tensor
+        Shape (o, i), floating point.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape (min(o, i),).
+
     Examples
     --------
     >>> singular_values(torch.diag(torch.tensor([1.0, 3.0]))).tolist()
