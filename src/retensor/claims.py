@@ -23,7 +23,7 @@ from typing import Any, Literal
 from retensor.errors import RetensorError
 from retensor.files import write_atomic
 from retensor.jsonfile import read_json
-from retensor.systems import SYSTEMS, System
+from retensor.systems import SYSTEMS
 
 SCHEMA = "retensor.claims/1"
 Verdict = Literal["held", "partly held", "not held"]
