@@ -20,7 +20,8 @@ from torch import nn
 import retensor as rt
 from retensor.claims import Verdict
 from retensor.compression import apriori as ap
-from retensor.data import evaluating, fit, seeded
+from retensor.data import fit, seeded
+from retensor.graph.modes import evaluating
 
 GRID, TIMES, ROLLOUT = 32, 42, 20
 TRAIN_SOURCES, FEW_SOURCES, TEST, VALIDATION = 30, 4, 16, 8

@@ -16,7 +16,6 @@ from retensor.data.reference import REFERENCES, reference
 from retensor.data.sets import Split, breast_cancer, digits, mnist5k, photographs, wine
 from retensor.data.text import minilm, sentences
 from retensor.data.training import accuracy, fit, seeded
-from retensor.graph.modes import evaluating
 
 __all__ = [
     "REFERENCES",
@@ -24,7 +23,6 @@ __all__ = [
     "accuracy",
     "breast_cancer",
     "digits",
-    "evaluating",
     "fit",
     "minilm",
     "mnist5k",

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from retensor.data import evaluating
 from retensor.files import described
+from retensor.graph.modes import evaluating
 
 
 class WaveStepper(nn.Module):

@@ -12,8 +12,8 @@ from torch import nn
 
 from retensor.compression.apriori.compress import KINDS, shape_of
 from retensor.compression.apriori.factored import Factored
-from retensor.data import evaluating
 from retensor.files import described
+from retensor.graph.modes import evaluating
 
 
 @dataclass(frozen=True)
