@@ -64,13 +64,11 @@ Peaks = Mapping[tuple[str, int], tuple[int, int]]
 
 
 def measure(progress: Callable[[str], None]) -> Report:
+    rates = tuned(progress)
+    runs = trained(rates, progress)
+    decoded = decoders(progress)
     progress("solver")
     truth = solver_truth()
-    progress("speed")
-    narrow, wide = speed(24, 5), speed(64, 7)
-    space = speed_in_space()
-    progress("growth")
-    grown = growth()
     progress("memory and traffic")
     x, y = ap.pairs(trajectories("train"))
     dense = build("dense", 0).normalise_(x, y)
@@ -84,9 +82,11 @@ def measure(progress: Callable[[str], None]) -> Report:
     pair = (dense, forms["cp, R = 24"])
     least = [rt.cost(model, (1, 2, GRID, GRID), time_limit=5).m_r_bytes for model in pair]
     sheets = rt.compare(*pair, inputs=(1, 2, GRID, GRID), accelerator=max(least), names=["dense", "cp"], time_limit=5)
-    rates = tuned(progress)
-    runs = trained(rates, progress)
-    decoded = decoders(progress)
+    progress("speed")
+    narrow, wide = speed(24, 5), speed(64, 7)
+    space = speed_in_space()
+    progress("growth")
+    grown = growth()
     claims = [
         *accuracy_claims(runs),
         overfitting_claim(runs),
