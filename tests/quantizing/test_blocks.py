@@ -121,3 +121,63 @@ def test_bad_arguments_are_named() -> None:
             make()
     with pytest.raises(TypeError, match="floating point"):
         Blocks().encode(torch.ones(3, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(
+    "format_",
+    [
+        *FORMATS, Blocks("e2m1", "e8m0", 32, rule="floor"), Blocks("e2m1", "e8m0", 32, rule="even"), Blocks("e2m1", "e8m0"),
+        Blocks("e2m1", "float32", 16), Blocks("e2m3", "bfloat16", 4), Blocks("e4m3", "e5m2", 16), Blocks("e5m2", "e4m3", 16),
+        Blocks("e2m1", "e4m3", 16, tensor_scale=True, tensor_power=True),
+    ],
+    ids=str,
+)  # fmt: skip
+@given(
+    shape=st.lists(st.integers(1, 40), min_size=1, max_size=3), dim=st.integers(-1, 2), seed=st.integers(0, 5),
+    spread=st.sampled_from([1.0, 12.0]), rounding=st.sampled_from(["nearest", "stochastic"]),
+)  # fmt: skip
+@settings(max_examples=12, deadline=None)
+def test_rounding_without_codes_is_encoding_and_decoding(
+    format_: Blocks, shape: list[int], dim: int, seed: int, spread: float, rounding: Any
+) -> None:
+    x = draws(tuple(shape), spread, seed)
+    x.view(-1)[::7] = 0
+    if seed == 5:
+        x.view(-1)[0] = math.nan
+        x.view(-1)[-1] = math.inf
+    dim = min(dim, len(shape) - 1)
+    before = x.clone()
+    codes = format_.encode(x, dim, rounding, torch.Generator().manual_seed(seed)).decode()
+    values = format_.round(x, dim, rounding, torch.Generator().manual_seed(seed))
+    assert torch.equal(x.nan_to_num(), before.nan_to_num())
+    assert torch.equal(values.isnan(), codes.isnan())
+    assert torch.equal(values.nan_to_num(), codes.nan_to_num())
+    assert format_.round(x.to(torch.bfloat16), dim).dtype == torch.bfloat16
+
+
+def test_scales_of_torchs_types_are_kept_whole() -> None:
+    x = draws(spread=1.0)
+    blocks = x.view(64, 16, 16)
+    ideal = Blocks("e2m1", "float32", 16)
+    kept = ideal.encode(x)
+    assert torch.equal(kept.scales, blocks.abs().amax(-1) / 6)
+    # The largest of each block is kept within rounding.
+    assert torch.allclose(kept.decode().view_as(blocks).abs().amax(-1), blocks.abs().amax(-1), rtol=2**-22)
+    assert kept.nbytes == x.numel() // 2 + x.numel() // 16 * 4
+    assert Blocks("e2m1", "bfloat16", 16).encode(x).nbytes == x.numel() // 2 + x.numel() // 16 * 2
+    for scale in ("float32", "bfloat16", "e8m0"):
+        with pytest.raises(ValueError, match=f"scales of {scale} have all the range"):
+            Blocks("e2m1", scale, tensor_scale=True)
+    with pytest.raises(ValueError, match="tensor_scale=True"):
+        Blocks("e2m1", "e4m3", tensor_power=True)
+    with pytest.raises(ValueError, match=r"scale format is 'e9m9'; formats are .*e8m0, float32, bfloat16"):
+        Blocks("e2m1", "e9m9")
+
+
+@given(exponent=st.integers(-30, 30), mantissa=st.floats(1, 2, exclude_max=True))
+def test_a_tensor_scale_that_is_a_power_of_two_is_the_next_above(exponent: int, mantissa: float) -> None:
+    x = torch.tensor([[mantissa * 2.0**exponent] + [0.0] * 15])
+    plain = Blocks("e2m1", "ue5m3", 16, tensor_scale=True).encode(x).tensor_scale
+    power = Blocks("e2m1", "ue5m3", 16, tensor_scale=True, tensor_power=True).encode(x).tensor_scale
+    assert math.frexp(float(power))[0] == 0.5
+    assert float(plain) <= float(power) < 2 * float(plain)

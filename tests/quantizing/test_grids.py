@@ -177,3 +177,31 @@ def test_bad_arguments_are_named() -> None:
         GRIDS["e2m1"].encode(torch.ones(1, dtype=torch.int64))
     with pytest.raises(TypeError, match="uint8"):
         GRIDS["e2m1"].decode(torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    "grid", [*GRIDS.values(), integers(4, signed=True), powers_of_two(3)], ids=lambda grid: grid.name
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_without_codes_is_encoding_and_decoding(grid: Grid, dtype: torch.dtype) -> None:
+    finite = torch.tensor([v for v in grid.values if math.isfinite(v)], dtype=dtype)
+    finite = finite.sort().values
+    middles = (finite[1:] + finite[:-1]) / 2
+    least = torch.nextafter(middles, torch.full_like(middles, -math.inf))
+    x = torch.cat([numbers(grid).to(dtype), finite, middles, least, 2 * finite[[0, -1]]])
+    x = x[x.isfinite()]
+    for rounding in ("nearest", "stochastic"):
+        ours = grid.round(x, rounding, torch.Generator().manual_seed(1))  # type: ignore[arg-type]
+        codes = grid.encode(x, rounding, torch.Generator().manual_seed(1))  # type: ignore[arg-type]
+        assert torch.equal(ours, grid.decode(codes, dtype))
+    assert math.isnan(grid.round(torch.tensor([math.nan], dtype=dtype)))
+    with pytest.raises(ValueError, match="rounding is 'up'"):
+        grid.round(x, "up")  # type: ignore[arg-type]
+
+
+def test_rounding_in_place_is_for_floating_point_grids() -> None:
+    x = torch.tensor([0.7, -9.0])
+    assert GRIDS["e2m1"].round_(x) is x
+    assert x.tolist() == [0.5, -6.0]
+    with pytest.raises(ValueError, match="'int4' holds no floating-point"):
+        integers(4, signed=True).round_(x)

@@ -13,25 +13,59 @@ except ImportError as error:
 
 from retensor.quantizing.affine import Affine, AffineTensor
 from retensor.quantizing.blocks import Blocks, BlockTensor
-from retensor.quantizing.grids import GRIDS, Grid, codebook, floating, integers, logarithmic, powers_of_two
+from retensor.quantizing.grids import (
+    GRIDS,
+    UNROUNDED,
+    Grid,
+    Unrounded,
+    codebook,
+    floating,
+    integers,
+    logarithmic,
+    powers_of_two,
+)
+from retensor.quantizing.layers import ActivationQuantizer, Learning, QuantizedLayer, fake_quantized, quantized_layer
+from retensor.quantizing.learners import AdaRound, RoundToNearest, WeightLearner
 from retensor.quantizing.packing import pack, packed_bytes, unpack
+from retensor.quantizing.reconstruct import Fitting, Method, Reconstruction, UnitReport, reconstruct
 from retensor.quantizing.rounding import ESTIMATORS, rounded
+from retensor.quantizing.samples import Samples, Storage
+from retensor.quantizing.units import Unit, find_units
 
 __all__ = [
     "ESTIMATORS",
     "GRIDS",
+    "UNROUNDED",
+    "ActivationQuantizer",
+    "AdaRound",
     "Affine",
     "AffineTensor",
     "BlockTensor",
     "Blocks",
+    "Fitting",
     "Grid",
+    "Learning",
+    "Method",
+    "QuantizedLayer",
+    "Reconstruction",
+    "RoundToNearest",
+    "Samples",
+    "Storage",
+    "Unit",
+    "UnitReport",
+    "Unrounded",
+    "WeightLearner",
     "codebook",
+    "fake_quantized",
+    "find_units",
     "floating",
     "integers",
     "logarithmic",
     "pack",
     "packed_bytes",
     "powers_of_two",
+    "quantized_layer",
+    "reconstruct",
     "rounded",
     "unpack",
 ]

@@ -8,7 +8,9 @@ and others, Quantization and Training of Neural Networks for Efficient Integer-A
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -82,6 +84,10 @@ class Affine:
         """The largest whole number."""
         return self.low + 2**self.bits - 1
 
+    def settings(self) -> dict[str, Any]:
+        """Its arguments, as JSON has them."""
+        return asdict(self)
+
     def choose(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The step and the zero point for a tensor.
 
@@ -103,7 +109,7 @@ class Affine:
             raise ValueError("a tensor that is empty or not finite has no range; take those values out first")
         axes = self._shared(x)
         low, high = x.amin(axes, keepdim=True).clamp(max=0), x.amax(axes, keepdim=True).clamp(min=0)
-        scale, zero = self._of_range(low, high)
+        scale, zero = self.of_range(low, high)
         if self.search is None:
             return scale, zero
         least = self._error(x, scale, zero)
@@ -153,13 +159,24 @@ class Affine:
             raise ValueError(f"groups of {self.group_size} do not divide the last axis of shape {list(x.shape)}")
         return x.unflatten(-1, (-1, self.group_size))
 
+    def steps(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the steps for a tensor of a shape.
+
+        >>> Affine(4, axis=0).steps((8, 3, 5, 5)), Affine(4, group_size=2).steps((8, 6))
+        ((8, 1, 1, 1), (8, 3, 1))
+        """
+        grouped = self.grouped(torch.empty(*shape, device="meta"))
+        shared = self._shared(grouped)
+        return tuple(1 if axis in shared else length for axis, length in enumerate(grouped.shape))
+
     def _shared(self, x: torch.Tensor) -> list[int]:
         """Axes of a grouped tensor along which the step is one."""
         if self.group_size is not None:
             return [x.ndim - 1]
         return [axis for axis in range(x.ndim) if self.axis is None or axis != self.axis % x.ndim]
 
-    def _of_range(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def of_range(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The step and the zero point of ranges from ``low``, at most 0, to ``high``, at least 0."""
         if self.symmetric:
             scale = (2 * torch.maximum(-low, high) / (2**self.bits - 1)).clamp(min=LEAST_STEP)
             return scale, torch.zeros_like(scale)
@@ -171,11 +188,11 @@ class Affine:
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Steps of a share of the range, with each zero point there is."""
         if self.symmetric:
-            return [self._of_range(low * share, high * share)]
+            return [self.of_range(low * share, high * share)]
         scale = ((high - low) * share / (2**self.bits - 1)).clamp(min=LEAST_STEP)
         one_signed = bool(((low == 0) | (high == 0)).all())
         if one_signed:
-            return [self._of_range(low * share, high * share)]
+            return [self.of_range(low * share, high * share)]
         return [(scale, torch.full_like(scale, float(zero))) for zero in range(self.low, self.high + 1)]
 
     def _error(self, x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ is E8M0 with blocks of 32, NVFP4 is E4M3 with blocks of 16 and tensor scaling.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +18,7 @@ import torch
 from torch.nn import functional
 
 from retensor.files import described
-from retensor.quantizing.grids import GRIDS, Grid, Rounding
+from retensor.quantizing.grids import GRIDS, UNROUNDED, Grid, Rounding, Unrounded
 from retensor.quantizing.packing import packed_bytes
 
 ScaleRule = Literal["nearest", "floor", "ceil", "even"]
@@ -33,7 +34,7 @@ class BlockTensor:
     codes : torch.Tensor
         uint8, of the tensor's shape with the blocked axis last and padded to whole blocks.
     scales : torch.Tensor
-        uint8 codes, one for each block along the last axis.
+        uint8 codes, one for each block along the last axis; numbers where the scales are of a type of torch's.
     tensor_scale : torch.Tensor
         float32, of no dimension; 1 where there is none.
     format : Blocks
@@ -71,7 +72,7 @@ class Blocks:
     Parameters
     ----------
     element, scale : Grid or str
-        Or the name of one (:data:`retensor.quantizing.GRIDS`).
+        Or the name of one (:data:`retensor.quantizing.GRIDS`). A scale may be ``"float32"`` or ``"bfloat16"`` too.
     size : int
         Numbers in a block.
     rule : {"nearest", "floor", "ceil", "even"}
@@ -80,11 +81,13 @@ class Blocks:
         largest (``ceil``), or by the exponent of the largest number rounded to the element's precision (``even``).
     tensor_scale : bool
         Whether a float32 for the whole tensor brings the largest scale to the scale grid's largest value.
+    tensor_power : bool
+        Whether that number is a power of two, the next above.
 
     Raises
     ------
     ValueError
-        Where no grid has that name, a rule does not fit the scale, or the size is none.
+        Where no grid has that name, a rule or a tensor's scale does not fit the scale, or the size is none.
 
     Examples
     --------
@@ -95,21 +98,23 @@ class Blocks:
     """
 
     element: Grid
-    scale: Grid
+    scale: Grid | Unrounded
     size: int
     rule: ScaleRule = "nearest"
     tensor_scale: bool = False
+    tensor_power: bool = False
 
     def __init__(
         self,
         element: Grid | str = "e2m1",
-        scale: Grid | str = "e4m3",
+        scale: Grid | Unrounded | str = "e4m3",
         size: int = 16,
         rule: ScaleRule = "nearest",
         tensor_scale: bool = False,
+        tensor_power: bool = False,
     ) -> None:
         object.__setattr__(self, "element", _grid(element, "element"))
-        object.__setattr__(self, "scale", _grid(scale, "scale"))
+        object.__setattr__(self, "scale", _scale(scale))
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"a block has at least one number, not {described(size)}")
         if rule not in _RULES:
@@ -118,7 +123,12 @@ class Blocks:
             raise ValueError(f"the rule '{rule}' is for scales that are powers of two (e8m0), not {self.scale.name}")
         object.__setattr__(self, "size", size)
         object.__setattr__(self, "rule", rule)
+        if tensor_scale and (isinstance(self.scale, Unrounded) or self.scale.name == "e8m0"):
+            raise ValueError(f"scales of {self.scale.name} have all the range there is; leave tensor_scale out")
+        if tensor_power and not tensor_scale:
+            raise ValueError("tensor_power is for formats with tensor_scale=True")
         object.__setattr__(self, "tensor_scale", bool(tensor_scale))
+        object.__setattr__(self, "tensor_power", bool(tensor_power))
 
     def encode(
         self,
@@ -149,30 +159,117 @@ class Blocks:
         ValueError
             Where it has no such axis.
         """
-        if not x.is_floating_point():
-            raise TypeError(f"numbers of floating point are put in blocks, not of {x.dtype}")
-        if x.ndim == 0 or not -x.ndim <= dim < x.ndim:
-            raise ValueError(f"axis {dim} of a tensor of shape {list(x.shape)} was asked for; it has {x.ndim}")
-        length = x.shape[dim]
+        length = self._length(x, dim)
         blocks = functional.pad(x.detach().movedim(dim, -1).to(torch.float32), (0, -length % self.size))
         blocks = blocks.unflatten(-1, (-1, self.size))
         most = blocks.abs().amax(-1)
-        wanted = most / self.element.largest
-        tensor_scale = torch.ones((), device=x.device)
-        if self.tensor_scale:
-            # Blocks with infinity do not decide for the others.
-            finite = torch.where(torch.isfinite(wanted), wanted, torch.zeros_like(wanted))
-            largest = finite.amax() if finite.numel() else torch.zeros((), device=x.device)
-            tensor_scale = torch.where(largest > 0, largest / self.scale.largest, tensor_scale)
-        scales = self._scales(most, wanted / tensor_scale)
+        tensor_scale = self._tensor_scale(most)
+        scales = self._scales(most, tensor_scale)
         size = self.scale.decode(scales) * tensor_scale
         ratio = torch.where(size[..., None] > 0, blocks / size[..., None], torch.zeros_like(blocks))
         codes = self.element.encode(torch.nan_to_num(ratio), rounding, generator)
         return BlockTensor(codes.flatten(-2), scales, tensor_scale, self, dim % x.ndim, length)
 
-    def _scales(self, most: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    def round(
+        self,
+        x: torch.Tensor,
+        dim: int = -1,
+        rounding: Rounding = "nearest",
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
+        """What a tensor is after :meth:`encode` and :meth:`BlockTensor.decode`, without codes and many times faster.
+
+        Parameters
+        ----------
+        x, dim, rounding, generator
+            As in :meth:`encode`; the same generator makes the same choices.
+
+        Returns
+        -------
+        torch.Tensor
+            Of the shape and type of ``x``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As :meth:`encode`.
+
+        Examples
+        --------
+        >>> Blocks("e2m1", "e8m0", 32, rule="floor").round(torch.tensor([1.0, 2.0, -7.0, 0.1]))
+        tensor([ 1.,  2., -6.,  0.])
+        """
+        length = self._length(x, dim)
+        named = isinstance(self.scale, Unrounded) or self.scale.not_a_number is not None
+        if self.element._floating is None or self.element.infinite == "own" or not named:
+            return self.encode(x, dim, rounding, generator).decode(x.dtype)
+        if rounding not in ("nearest", "stochastic"):
+            raise ValueError(f"rounding is {described(rounding)}; it is 'nearest' or 'stochastic'")
+        dim %= x.ndim
+        blocks = self.split(x.detach(), dim)
+        sizes = self.sizes(blocks.abs().amax(dim + 1))[0]
+        drawn = None
+        if rounding == "stochastic":
+            # Laid out as the codes are, with the blocked axis last.
+            last = blocks.movedim((dim, dim + 1), (-2, -1))
+            drawn = torch.rand(last.shape, generator=generator, device=x.device)
+            drawn = drawn.movedim((-2, -1), (dim, dim + 1))
+        sizes = sizes.unsqueeze(dim + 1)
+        # A block whose scale is zero is zero; one whose scale is NaN becomes NaN by the product.
+        ratio = blocks / torch.where(sizes == 0, torch.full_like(sizes, math.inf), sizes)
+        out = self.element.round_(ratio, drawn).mul_(sizes).flatten(dim, dim + 1)
+        return out.narrow(dim, 0, length).to(x.dtype)
+
+    def split(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        """A tensor in float32 whose axis ``dim`` is two, blocks and numbers in a block, filled up with zeros."""
+        dim %= x.ndim
+        x = x.to(torch.float32)
+        missing = -x.shape[dim] % self.size
+        if missing:
+            x = functional.pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, missing))
+        return x.unflatten(dim, (-1, self.size))
+
+    def sizes(self, most: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a unit of each block's codes is worth, ``s_q``, and the tensor's scale ``s_T``.
+
+        Parameters
+        ----------
+        most : torch.Tensor
+            The largest absolute value of each block, float32.
+        """
+        tensor_scale = self._tensor_scale(most)
+        if self.rule == "nearest":
+            sizes = self.scale.round(most / self.element.largest / tensor_scale)
+            sizes = torch.where(torch.isfinite(most), sizes, torch.full_like(sizes, math.nan))
+        else:
+            sizes = self.scale.decode(self._scales(most, tensor_scale))
+        return sizes * tensor_scale, tensor_scale
+
+    def _length(self, x: torch.Tensor, dim: int) -> int:
+        if not x.is_floating_point():
+            raise TypeError(f"numbers of floating point are put in blocks, not of {x.dtype}")
+        if x.ndim == 0 or not -x.ndim <= dim < x.ndim:
+            raise ValueError(f"axis {dim} of a tensor of shape {list(x.shape)} was asked for; it has {x.ndim}")
+        return int(x.shape[dim])
+
+    def _tensor_scale(self, most: torch.Tensor) -> torch.Tensor:
+        one = torch.ones((), device=most.device)
+        if not self.tensor_scale or not most.numel():
+            return one
+        # Blocks with infinity do not decide for the others.
+        wanted = most / self.element.largest
+        largest = torch.where(torch.isfinite(wanted), wanted, torch.zeros_like(wanted)).amax()
+        found = largest / self.scale.largest
+        if self.tensor_power:
+            mantissa, exponent = torch.frexp(found)
+            found = torch.ldexp(one, torch.where(mantissa == 0.5, exponent - 1, exponent))
+        # Of numbers so small that their scale would be none there is none.
+        return torch.where(found > 0, found, one)
+
+    def _scales(self, most: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Tensor:
         """Codes of the scales, by the rule."""
         bad = ~torch.isfinite(most)
+        wanted = most / self.element.largest / tensor_scale
         if self.rule == "nearest":
             codes = self.scale.encode(wanted)
         else:
@@ -198,6 +295,17 @@ class Blocks:
 def _mantissa_bits(grid: Grid) -> int:
     """How many values lie from 1 to 2, as bits."""
     return (sum(1.0 <= value < 2.0 for value in grid.values) - 1).bit_length()
+
+
+def _scale(given: Grid | Unrounded | str) -> Grid | Unrounded:
+    if isinstance(given, Unrounded):
+        return given
+    if isinstance(given, str) and given in UNROUNDED:
+        return UNROUNDED[given]
+    if isinstance(given, Grid) or (isinstance(given, str) and given in GRIDS):
+        return _grid(given, "scale")
+    known = ", ".join((*GRIDS, *UNROUNDED))
+    raise ValueError(f"the scale format is {described(given)}; formats are {known}, or give a Grid")
 
 
 def _grid(given: Grid | str, what: str) -> Grid:

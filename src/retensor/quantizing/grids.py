@@ -55,6 +55,7 @@ class Grid:
     values: tuple[float, ...]
     signed_zero: bool = False
     infinite: Literal["largest", "own"] = "largest"
+    _floating: tuple[int, int] | None = field(default=None, repr=False)
     _tables: dict[torch.device, _Tables] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -161,10 +162,139 @@ class Grid:
         table = torch.tensor(self.values, dtype=torch.float64).to(device=codes.device, dtype=dtype)
         return table[(codes & (2**self.bits - 1)).long()]
 
+    def round(
+        self, x: torch.Tensor, rounding: Rounding = "nearest", generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """The values that numbers are rounded to: ``decode(encode(x))`` without codes, and many times faster.
+
+        Parameters
+        ----------
+        x, rounding, generator
+            As in :meth:`encode`; the same generator makes the same choices.
+
+        Returns
+        -------
+        torch.Tensor
+            Of the shape of ``x``, float32, or float64 where that is its type. A zero has no sign, and NaN stays NaN.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As :meth:`encode`.
+
+        Examples
+        --------
+        >>> GRIDS["e2m1"].round(torch.tensor([0.7, -2.4, 2.5, 9.0]))
+        tensor([ 0.5000, -2.0000,  2.0000,  6.0000])
+        """
+        if self._floating is None or not x.is_floating_point() or rounding not in ("nearest", "stochastic"):
+            out = self.decode(self.encode(x, rounding, generator), _computed(x))
+            return torch.where(torch.isnan(x), torch.full_like(out, math.nan), out)
+        x = x.detach()
+        wide = x.to(_computed(x))
+        drawn = None
+        if rounding == "stochastic":
+            drawn = torch.rand(x.shape, generator=generator, device=x.device, dtype=wide.dtype)
+        out = self.round_(torch.clone(wide) if wide is x else wide, drawn)
+        if self.infinite == "own":
+            overflow = self._on(x.device).overflow
+            out = torch.where(x.abs() >= overflow, torch.copysign(torch.full_like(out, math.inf), x), out)
+        return out
+
+    def round_(self, x: torch.Tensor, drawn: torch.Tensor | None = None) -> torch.Tensor:
+        """Round in place to a floating-point grid, what lies beyond it to its largest; what :meth:`round` is made of.
+
+        Parameters
+        ----------
+        x : torch.Tensor
+            float32 or float64.
+        drawn : torch.Tensor, optional
+            Uniform numbers from 0 to 1 of its shape and type: rounding is stochastic then.
+
+        Raises
+        ------
+        ValueError
+            Where the grid is not one of :func:`floating` with subnormal numbers.
+        """
+        if self._floating is None:
+            raise ValueError(f"grid '{self.name}' holds no floating-point numbers with subnormal ones; use round")
+        least, mantissa = self._floating
+        whole, ones, places = _BITS[x.dtype]
+        x.clamp_(self.least, self.largest)
+        # The power of two at or below each number, read off its bits: the step of the grid there is 2**mantissa less.
+        power = x.view(whole) & ones
+        power = power.clamp_(min=_pattern(2.0**least, x.dtype)).view(x.dtype)
+        if drawn is not None:
+            step = power.mul_(2.0**-mantissa)
+            x.div_(step)
+            lower = torch.floor(x)
+            return lower.add_(drawn < x.sub_(lower)).mul_(step)
+        # A number so large that its last bit is one step: what is added to it is rounded to steps, half to even.
+        anchor = power.mul_(1.5 * 2.0 ** (places - mantissa))
+        return x.add_(anchor).sub_(anchor)
+
     def _on(self, device: torch.device) -> _Tables:
         if device not in self._tables:
             self._tables[device] = _Tables(self, device)
         return self._tables[device]
+
+
+_BITS = {
+    torch.float32: (torch.int32, 0x7F800000, 23),
+    torch.float64: (torch.int64, 0x7FF0000000000000, 52),
+}
+"""By type: the whole numbers of its size, the bits of its exponent, and how many bits its mantissa has."""
+
+
+def _computed(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _pattern(power: float, dtype: torch.dtype) -> int:
+    """The bits of a power of two, as a whole number."""
+    _, _, places = _BITS[dtype]
+    bias = 127 if dtype == torch.float32 else 1023
+    return (math.frexp(power)[1] - 1 + bias) << places
+
+
+class Unrounded:
+    """A type of torch's in a grid's place, for scales that are not of few bits: ``float32`` or ``bfloat16``.
+
+    A scale kept in float32 is the ideal that formats of 8 bits are compared with.
+
+    Examples
+    --------
+    >>> GRIDS["e4m3"].round(torch.tensor([0.3])), UNROUNDED["bfloat16"].round(torch.tensor([0.3]))
+    (tensor([0.3125]), tensor([0.3008]))
+    """
+
+    not_a_number: int | None = None
+    infinite = "own"
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.name = str(dtype).removeprefix("torch.")
+        self.bits = torch.finfo(dtype).bits
+        self.largest = float(torch.finfo(dtype).max)
+
+    def __repr__(self) -> str:
+        return f"Unrounded({self.name!r}, {self.bits} bits)"
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """The numbers themselves, of this type."""
+        return x.detach().to(self.dtype)
+
+    def decode(self, codes: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The numbers, of another type."""
+        return codes.to(dtype)
+
+    def round(self, x: torch.Tensor) -> torch.Tensor:
+        """Numbers rounded to this type, in float32."""
+        return self.decode(self.encode(x))
+
+
+UNROUNDED = {kind.name: kind for kind in (Unrounded(torch.float32), Unrounded(torch.bfloat16))}
+"""Scales that are no grid, by name."""
 
 
 class _Tables:
@@ -258,7 +388,7 @@ def floating(
     values = (*positive, *(-v for v in positive)) if signed else positive
     return Grid(
         name, exponent + mantissa + signed, values, signed_zero=signed and subnormal,
-        infinite="own" if specials == "ieee" else "largest",
+        infinite="own" if specials == "ieee" else "largest", _floating=(1 - bias, mantissa) if subnormal else None,
     )  # fmt: skip
 
 

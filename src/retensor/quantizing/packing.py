@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from retensor.files import described
 
@@ -72,11 +73,29 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
         raise ValueError(
             f"{count} codes of {bits} bits take {packed_bytes(count, bits)} bytes, and there are {packed.numel()}"
         )
-    single = np.unpackbits(packed.detach().cpu().contiguous().numpy().reshape(-1), bitorder="little")
-    if single[count * bits :].any():
+    over = count * bits % 8
+    if over and int(packed[-1]) >> over:
         raise ValueError(f"the last byte holds bits beyond {count} codes of {bits} bits")
-    codes = np.packbits(single[: count * bits].reshape(count, bits), axis=1, bitorder="little")
-    return torch.from_numpy(codes.reshape(-1)).to(packed.device)
+    return unpacked(packed, bits, count)
+
+
+def unpacked(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """:func:`unpack` without its checks, of operations that a graph of torch's can hold."""
+    if bits == 8:
+        return packed
+    if 8 % bits == 0:
+        places = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        return ((packed[:, None] >> places) & (2**bits - 1)).reshape(-1)[:count]
+    # Eight codes take as many bytes as a code has bits: each code lies in one byte of them or in two.
+    rows = functional.pad(packed, (0, -len(packed) % bits)).reshape(-1, bits)
+    columns = []
+    for start in range(0, 8 * bits, bits):
+        byte, place = divmod(start, 8)
+        code = rows[:, byte] >> place
+        if place + bits > 8:
+            code = code | (rows[:, byte + 1] << (8 - place))
+        columns.append(code & (2**bits - 1))
+    return torch.stack(columns, 1).reshape(-1)[:count]
 
 
 def _check(codes: torch.Tensor, bits: int) -> None:

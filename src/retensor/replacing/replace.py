@@ -139,6 +139,11 @@ def settle(old: nn.Module, new: nn.Module) -> None:
     for module in new.modules():
         if id(module) not in kept:
             module.training = old.training
+    move_hooks(old, new)
+
+
+def move_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Give a module the hooks of another one, which loses them."""
     for label in _HOOKS:
         getattr(new, label).update(getattr(old, label))
         # The old module may go on inside the new one; its hooks would then run twice.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from torch.func import functional_call
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from retensor.bars import watched
 from retensor.compression.neumeta.hyper import NeuMeta, skeleton
 from retensor.compression.neumeta.space import check_amounts, check_width
 from retensor.errors import RetensorError
@@ -141,7 +141,7 @@ def warm_start(
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(hyper.fields(), lr=lr, fused=_fused(hyper))
     losses: list[float] = []
-    for _ in _watched(range(steps), "warm start", steps):
+    for _ in watched(range(steps), "warm start", steps):
         width = _draw(drawn, generator)
         targets = hyper.resampled(width)
         found = hyper.weights(width, noise=noise, generator=generator)
@@ -252,7 +252,7 @@ def fit(
     mine = _Fields(hyper)
     mean = AveragedModel(mine, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
     losses: list[float] = []
-    for inputs, wanted in _watched(_batches(loader, total), "fit", total):
+    for inputs, wanted in watched(_batches(loader, total), "fit", total):
         inputs, wanted = _moved(inputs, device), _moved(wanted, device)
         width = _draw(drawn, generator)
         found = hyper.weights(width, noise=noise, generator=generator)
@@ -456,14 +456,3 @@ def _told(report: FitReport) -> str:
         f"the generated layers: its loss is {losses}, and {report.bypass_loss:.3g}{accuracy} without them; use "
         "warm_start at random widths and with noise before, or a lower learning rate"
     )
-
-
-def _watched(steps: Iterable[Any], what: str, total: int) -> Iterator[Any]:
-    """The same steps, with a bar on a terminal."""
-    if not sys.stderr.isatty():
-        yield from steps
-        return
-    from rich.console import Console
-    from rich.progress import track
-
-    yield from track(steps, description=what, total=total, console=Console(stderr=True), transient=True)

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from retensor.bars import bar
 from retensor.compression.pela.layer import LowRankLinear, is_conv1d, layout_of, matrix_of, shape_of
 from retensor.compression.pela.ranks import LayerPlan, Plan, check_finite
 from retensor.compression.pela.ranks import plan as plan_of
@@ -66,10 +67,14 @@ def compress(
     def make(layer: nn.Module, wanted: LayerPlan) -> nn.Module:
         if init == "svd":
             check_finite(wanted.name, layer)
-            return LowRankLinear.from_layer(layer, wanted.rank)
-        return _random(layer, wanted, generator)
+            made = LowRankLinear.from_layer(layer, wanted.rank)
+        else:
+            made = _random(layer, wanted, generator)
+        advance()
+        return made
 
-    return _replaced(model, plan, make)
+    with bar("layers of low rank", len(plan.layers)) as advance:
+        return _replaced(model, plan, make)
 
 
 def skeleton(base: nn.Module, plan: Plan | float = 2.0) -> nn.Module:
