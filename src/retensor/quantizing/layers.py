@@ -14,6 +14,7 @@ from retensor.files import described
 from retensor.quantizing.affine import Affine, AffineTensor
 from retensor.quantizing.learners import WeightLearner
 from retensor.quantizing.packing import pack, packed_bytes, unpacked
+from retensor.quantizing.rounding import whole_numbers
 from retensor.replacing import Replacement
 
 Mode = Literal["tensor", "token"]
@@ -45,9 +46,7 @@ def fake_quantized(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tenso
     >>> y.tolist(), x.grad.tolist()
     ([0.0, 3.0], [1.0, 0.0])
     """
-    apart = x * (1.0 / scale)
-    whole = apart + (torch.round(apart) - apart).detach()
-    return scale * ((whole + zero_point).clamp(low, high) - zero_point)
+    return scale * whole_numbers(x * (1.0 / scale), low - zero_point, high - zero_point)
 
 
 class ActivationQuantizer(nn.Module):
@@ -199,9 +198,8 @@ class QuantizedLayer(Replacement):
     @property
     def nbytes(self) -> int:
         """Bytes of codes, steps and zero points; not of the bias."""
-        return sum(
-            value.numel() * value.element_size() for value in (self.packed, self.scale, self.zeros) if value is not None
-        )
+        held = (self.packed, self.scale, self.zeros)
+        return sum(value.numel() * value.element_size() for value in held if value is not None)
 
     def kept(self) -> AffineTensor:
         """The weight as codes."""
@@ -263,6 +261,7 @@ def quantized_layer(layer: nn.Module, kept: AffineTensor, inputs: nn.Module | No
 
 
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+_CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 _SETTINGS = {"Linear": ("in_features", "out_features"), "Conv1d": _CONV, "Conv2d": _CONV, "Conv3d": _CONV}
 
 
@@ -277,11 +276,10 @@ def _settings(layer: nn.Module) -> dict[str, Any]:
 
 
 def _layer(settings: Mapping[str, Any]) -> nn.Module:
-    """A layer by what :func:`_settings` says of it."""
-    kind, *_ = settings["kind"], None
-    if kind not in _SETTINGS:
-        raise ValueError(f"{described(kind)} is no kind of layer; they are {', '.join(_SETTINGS)}")
-    given = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items() if name != "kind"
-    }
-    return getattr(nn, kind)(**given)
+    """A layer by what :func:`_settings` says of it, without values."""
+    if settings["kind"] not in _SETTINGS:
+        raise ValueError(f"{described(settings['kind'])} is no kind of layer; they are {', '.join(_SETTINGS)}")
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    kind = getattr(nn, str(given.pop("kind")))
+    # Drawing values would move the caller's random numbers on.
+    return nn.utils.skip_init(kind, **given, device=torch.get_default_device())
