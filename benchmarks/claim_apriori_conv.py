@@ -158,7 +158,7 @@ def accuracy_claims(runs: Sequence[Run]) -> list[Claim]:
                 Claim(
                     f"{statement}: {ahead}.", setting(FULL), baseline,
                     "equivalent; the bar is an interval up to 1.15" if limit > 1 else "below 1", "; ".join(told),
-                    judged(found[FULL], limit),
+                    worst(*(judged(found[each], limit) for each in (FULL, CLEAN) if each in found)),
                     needs_noise(runs, kind, found, limit) if what == "rollout" and CLEAN in found else "",
                 )
             )  # fmt: skip
@@ -179,7 +179,7 @@ def needs_noise(runs: Sequence[Run], kind: str, found: Mapping[Training, Ratio],
     )
     told = f"Rollouts further off than a field of zeros: {shares}."
     if judged(found[FULL], limit) != "not held" and judged(found[CLEAN], limit) == "not held":
-        return f"It needs the noise: trained without, it does not hold. {told}"
+        return f"It holds with noise and does not without. {told}"
     return told
 
 
