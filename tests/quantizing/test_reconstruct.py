@@ -279,7 +279,7 @@ def test_layers_that_are_reached_through_a_changed_tensor_are_caught_anew() -> N
         ([torch.zeros(2, 5), {"x": torch.zeros(2, 5)}], ValueError, "differ in their arguments"),
         ((torch.zeros(2, 5), torch.zeros(3, 5)), ValueError, "as many"),
         ({"x": 3}, TypeError, "tensors alone"),
-        ("digits", TypeError, "calibration is"),
+        ("digits", TypeError, "a batch is a tensor"),
         (torch.full((4, 5), float("nan")), ValueError, "not finite"),
     ],
 )

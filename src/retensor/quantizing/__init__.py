@@ -13,6 +13,7 @@ except ImportError as error:
 
 from retensor.quantizing.affine import Affine, AffineTensor
 from retensor.quantizing.blocks import Blocks, BlockTensor
+from retensor.quantizing.export import to_onnx
 from retensor.quantizing.grids import (
     GRIDS,
     UNROUNDED,
@@ -67,5 +68,6 @@ __all__ = [
     "quantized_layer",
     "reconstruct",
     "rounded",
+    "to_onnx",
     "unpack",
 ]

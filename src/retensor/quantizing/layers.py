@@ -46,7 +46,7 @@ def fake_quantized(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tenso
     >>> y.tolist(), x.grad.tolist()
     ([0.0, 3.0], [1.0, 0.0])
     """
-    return scale * whole_numbers(x * (1.0 / scale), low - zero_point, high - zero_point)
+    return scale * whole_numbers(x / scale, low - zero_point, high - zero_point)
 
 
 class ActivationQuantizer(nn.Module):

@@ -137,7 +137,7 @@ def calibration_samples(calibration: Any, device: torch.device) -> Samples:
     flat: list[list[torch.Tensor]] = []
     tree: Any = None
     for batch in batches:
-        leaves, spec = pytree.tree_flatten(_call_of(batch))
+        leaves, spec = pytree.tree_flatten(call_of(batch))
         if tree is not None and spec != tree:
             raise ValueError("the batches of calibration differ in their arguments; all need the same ones")
         tree = spec
@@ -257,13 +257,12 @@ def _leaf(name: str, one: Any, two: Any, count: int, storage: Storage) -> Leaf:
     return Leaf(storage.empty((count, *one.shape), one.dtype), len(one), one.dtype)
 
 
-def _call_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def call_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """One batch as positional and named arguments."""
     if isinstance(batch, torch.Tensor):
         return (batch,), {}
     if isinstance(batch, Mapping):
         return (), dict(batch)
     if isinstance(batch, tuple):
         return batch, {}
-    raise TypeError(
-        f"calibration is a tensor, a tuple or mapping of tensors, or a list of these, not {described(batch)}"
-    )
+    raise TypeError(f"a batch is a tensor, a tuple of tensors or a mapping of names to tensors, not {described(batch)}")
