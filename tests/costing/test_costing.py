@@ -1,6 +1,8 @@
 """The cost sheet and the comparison: figures, what they are made of, and that models come out as they went in."""
 
+import contextlib
 import copy
+import itertools
 import json
 from pathlib import Path
 
@@ -388,3 +390,33 @@ def test_flags_are_true_or_false(option: str) -> None:
         rt.cost("onnx:squeezenet", **{option: "no"})
     with pytest.raises(TypeError, match="name is text, not 5"):
         rt.cost("onnx:squeezenet", name=5)  # type: ignore[arg-type]
+
+
+def test_no_two_names_of_points_lie_on_each_other(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    models = [net(width) for width in (8, 9, 10, 11, 12)]
+    accuracy = [0.9, 0.901, 0.902, 0.899, 0.9]
+    with contextlib.suppress(Exception):
+        rt.compare(*models, inputs=IMAGE, accuracy=accuracy).plot(tmp_path / "a.svg")
+    (figure,) = drawn
+    figure.canvas.draw()
+    titles = [panel.get_title(loc="left") for panel in figure.axes]
+    assert "parameters" in titles
+    for panel in figure.axes:
+        boxes = [text.get_window_extent() for text in panel.texts]
+        assert len(boxes) == len(models)
+        for one, other in itertools.combinations(boxes, 2):
+            assert not one.overlaps(other), panel.get_title(loc="left")
+
+
+def test_what_is_the_same_for_all_models_is_no_panel_of_points(tmp_path):
+    same = rt.compare(net(), net(), inputs=IMAGE, names=["one", "two"], accuracy=[0.5, 0.6])
+    same.plot(tmp_path / "same.svg")
+    assert (tmp_path / "same.svg").read_text().count("parameters") >= 1
+    wide = rt.compare(net(), net(9), inputs=IMAGE, names=["one", "two"], accuracy=[0.5, 0.6])
+    wide.plot(tmp_path / "wide.svg")
+    assert "multiply-accumulates" in (tmp_path / "wide.svg").read_text()
+    assert "multiply-accumulates" not in (tmp_path / "same.svg").read_text()

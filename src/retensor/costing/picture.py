@@ -75,6 +75,9 @@ def plot_comparison(
         for measure in MEASURES
         if measure.key in _DRAWN and any(getattr(sheet, measure.key) is not None for sheet in comparison.sheets)
     ]
+    if against is not None:
+        # What is the same for all models tells nothing of what accuracy costs.
+        measures = [measure for measure in measures if _differs(comparison, measure)] or measures[:1]
     down = math.ceil(len(measures) / _ACROSS)
     tall = 2.6 if against is not None else 0.75 + 0.34 * len(comparison.names)
     notes = footnotes(comparison.sheets)
@@ -164,27 +167,67 @@ def _points(panel: Axes, comparison: Comparison, measure: Measure, against: str,
         if value is not None and figure is not None:
             found.append((value, figure, name))
     most = max((value for value, _, _ in found), default=1) or 1
-    for i, (value, figure, name) in enumerate(found):
+    for value, figure, name in found:
         colour = ink["muted"] if name == comparison.names[0] else ink["operands"]
         panel.scatter([value], [figure], s=42, color=colour, linewidths=0, zorder=3)
-        # Names grow away from the panel's sides, and away from the nearest other point.
-        side = "left" if value < most / 3 else "right" if value > most * 2 / 3 else "center"
-        across = {"left": -3, "center": 0, "right": 3}[side]
-        others = [(abs(x - value), y) for j, (x, y, _) in enumerate(found) if j != i]
-        above = not others or figure >= min(others)[1]
-        panel.annotate(legible(name, 24), (value, figure), xytext=(across, 7 if above else -7), ha=side,
-                       va="bottom" if above else "top", textcoords="offset points", size=8, color=ink["ink"],
-                       parse_math=False)  # fmt: skip
+    panel.set_xlim(0, most * 1.15)
+    panel.margins(y=0.25)
+    _name_points(panel, found, dark)
     if len(found) < len(comparison.names):
         panel.text(0.98, 0.04, f"{len(comparison.names) - len(found)} without a figure", transform=panel.transAxes,
                    size=8, color=ink["muted"], ha="right")  # fmt: skip
-    panel.set_xlim(0, most * 1.15)
-    panel.margins(y=0.25)
     from matplotlib.ticker import MaxNLocator
 
     panel.xaxis.set_major_locator(binary_ticks(most, 3) if measure.unit == "bytes" else MaxNLocator(3))
     panel.yaxis.set_major_locator(MaxNLocator(4))
     panel.xaxis.set_major_formatter(lambda value, _: written(value, measure.unit, False) if value else "0")
+
+
+def _differs(comparison: Comparison, measure: Measure) -> bool:
+    return len({getattr(sheet, measure.key) for sheet in comparison.sheets}) > 1
+
+
+# Where a name may stand beside its point: how far off in points, and how it is aligned.
+_BESIDE = (
+    (0, 7, "center", "bottom"), (0, -7, "center", "top"), (7, 0, "left", "center"), (-7, 0, "right", "center"),
+    (5, 5, "left", "bottom"), (-5, 5, "right", "bottom"), (5, -5, "left", "top"), (-5, -5, "right", "top"),
+)  # fmt: skip
+_LETTER, _LINE, _DOT = 4.9, 9.5, 7.0
+_Box = tuple[float, float, float, float]
+
+
+def _name_points(panel: Axes, found: Sequence[tuple[float, float, str]], dark: bool) -> None:
+    """Write names beside points, each where it covers the fewest points and names and stays in the panel."""
+    across, up = panel.bbox.width * 72 / panel.figure.dpi, panel.bbox.height * 72 / panel.figure.dpi
+    (left, right), (low, top) = panel.get_xlim(), panel.get_ylim()
+    dots = [((x - left) / (right - left) * across, (y - low) / (top - low) * up) for x, y, _ in found]
+    taken: list[_Box] = [(x - _DOT / 2, y - _DOT / 2, x + _DOT / 2, y + _DOT / 2) for x, y in dots]
+    for (x, y), (value, figure, name) in zip(dots, found, strict=True):
+        label = legible(name, 24)
+        boxes = [_box(x, y, _LETTER * len(label), *beside) for beside in _BESIDE]
+        over = [_covered(box, taken, across, up) for box in boxes]
+        best = over.index(min(over))
+        taken.append(boxes[best])
+        dx, dy, ha, va = _BESIDE[best]
+        panel.annotate(label, (value, figure), xytext=(dx, dy), ha=ha, va=va, textcoords="offset points", size=8,
+                       color=INK[dark]["ink"], parse_math=False)  # fmt: skip
+
+
+def _box(x: float, y: float, width: float, dx: int, dy: int, ha: str, va: str) -> _Box:
+    start = x + dx - {"left": 0.0, "center": 0.5, "right": 1.0}[ha] * width
+    bottom = y + dy - {"bottom": 0.0, "center": 0.5, "top": 1.0}[va] * _LINE
+    return start, bottom, start + width, bottom + _LINE
+
+
+def _covered(box: _Box, taken: Sequence[_Box], across: float, up: float) -> float:
+    """How much of what is taken a box covers, and how far it reaches out of the panel."""
+    over = sum(
+        max(0.0, min(box[2], other[2]) - max(box[0], other[0]))
+        * max(0.0, min(box[3], other[3]) - max(box[1], other[1]))
+        for other in taken
+    )
+    beyond = max(0.0, -box[0]) + max(0.0, box[2] - across) + max(0.0, -box[1]) + max(0.0, box[3] - up)
+    return over + 5 * beyond
 
 
 def _legend(figure: Any, dark: bool, height: float) -> None:

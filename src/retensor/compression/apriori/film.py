@@ -11,6 +11,9 @@ import numpy as np
 
 from retensor.files import described, writable_target, write_atomic
 
+SHOWN = 0.99
+"""The part of the true wave's numbers that lies within the scale of colours."""
+
 
 def film(
     true: Any,
@@ -26,7 +29,8 @@ def film(
     Parameters
     ----------
     true, predicted : array or torch.Tensor
-        States of shape (times, n, n), both alike. All pictures have one scale, that of the true wave.
+        States of shape (times, n, n), both alike. All pictures have one scale, that of the true wave without its
+        highest hundredth.
     path : str or path
         Written whole or not at all.
     dt : float, optional
@@ -62,7 +66,8 @@ def film(
     from matplotlib.animation import FuncAnimation, PillowWriter
     from matplotlib.figure import Figure
 
-    limit = float(np.abs(seen).max()) or 1.0
+    # A wave begins as one high bump and spreads: its first states may be cut off, so that the others can be seen.
+    limit = float(np.quantile(np.abs(seen), SHOWN)) or float(np.abs(seen).max()) or 1.0
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     axes = figure.subplots(1, 3)
     images = []
@@ -70,7 +75,7 @@ def film(
         axis.set(title=name, xticks=[], yticks=[])
         blank = np.zeros(seen.shape[1:])
         images.append(axis.imshow(blank, cmap="RdBu_r", vmin=-limit, vmax=limit, origin="lower", extent=(0, 1, 0, 1)))
-    figure.colorbar(images[-1], ax=axes, shrink=0.8, label="displacement")
+    figure.colorbar(images[-1], ax=axes, shrink=0.8, label="displacement", extend="both")
     heading = figure.suptitle(" ")
 
     def draw(at: int) -> list[Any]:
