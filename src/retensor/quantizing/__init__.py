@@ -31,6 +31,7 @@ from retensor.quantizing.packing import pack, packed_bytes, unpack
 from retensor.quantizing.reconstruct import Fitting, Method, Reconstruction, UnitReport, reconstruct
 from retensor.quantizing.rounding import ESTIMATORS, rounded
 from retensor.quantizing.samples import Samples, Storage
+from retensor.quantizing.torchao_tensors import to_torchao
 from retensor.quantizing.units import Unit, find_units
 
 __all__ = [
@@ -69,5 +70,6 @@ __all__ = [
     "reconstruct",
     "rounded",
     "to_onnx",
+    "to_torchao",
     "unpack",
 ]
