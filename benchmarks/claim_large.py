@@ -277,9 +277,8 @@ def _draw_seconds(axes, rows, ink) -> None:  # type: ignore[no-untyped-def]
         mine = [row for row in rows if row.source == family]
         for field, label, mark in kinds:
             values = [max(asdict(row)[field], 1e-3) for row in mine]
-            slope = exponent(mine, lambda row, field=field: asdict(row)[field])
-            label = f"{family}: {label}, exponent {slope:.2f}"
-            axes.plot([row.operators for row in mine], values, mark, color=colour, label=label, markersize=5)
+            counts = [row.operators for row in mine]
+            axes.plot(counts, values, mark, color=colour, label=f"{family}: {label}", markersize=5)
     axes.set_ylim(top=axes.get_ylim()[1] * 30)
 
 
@@ -287,9 +286,8 @@ def _draw_memory(axes, rows, ink) -> None:  # type: ignore[no-untyped-def]
     axes.set_title("peak memory, MiB", color=ink["label"], loc="left", fontsize=11)
     for family, colour in zip(FAMILIES, (ink["operands"], ink["retrieve"]), strict=True):
         mine = [row for row in rows if row.source == family]
-        label = f"{family}: exponent {exponent(mine, lambda row: row.memory):.2f}"
         values = [row.memory / 2**20 for row in mine]
-        axes.plot([row.operators for row in mine], values, "o-", color=colour, label=label, markersize=5)
+        axes.plot([row.operators for row in mine], values, "o-", color=colour, label=family, markersize=5)
     axes.axhline(GIBIBYTES * 1024, color=ink["spill"], linewidth=1, linestyle="--", label=f"{GIBIBYTES} GiB")
     axes.set_yticks([256, 512, 1024, 2048, 4096], ["256", "512", "1,024", "2,048", "4,096"])
     axes.set_ylim(128, 16_384)

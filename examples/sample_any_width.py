@@ -17,7 +17,7 @@ print(f"channels reordered: total variation {space.variation[0]:.0f} -> {space.v
 family = neumeta.NeuMeta(space, hidden=96, depth=3, freqs=8)
 neumeta.warm_start(family, steps=400, widths=range(8, 33))
 loader = DataLoader(digits.train_set(), batch_size=64, shuffle=True, generator=torch.Generator().manual_seed(0))
-neumeta.fit(family, loader, widths=range(8, 33), recon=10.0, steps=500, lr=3e-4, milestones=())
+neumeta.fit(family, loader, widths=range(8, 33), recon=10.0, steps=500, lr=3e-4, milestones=(), ema=0.98)
 family.save("family.safetensors")
 
 quarter = family.sample(params=0.25, k=20)

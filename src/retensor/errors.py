@@ -48,8 +48,24 @@ class MissingExtraError(RetensorError):
     feature : str
         What was asked for, as the start of a sentence.
     extra : str
-        The extra that brings it, as in ``pip install "retensor[extra]"``.
+        The extra that brings it. The message names where this library was installed from: a folder, or its name.
     """
 
     def __init__(self, feature: str, extra: str) -> None:
-        super().__init__(f'{feature} needs the {extra} extra: pip install "retensor[{extra}]"')
+        super().__init__(f'{feature} needs the {extra} extra: pip install "{_installed_from()}[{extra}]"')
+
+
+def _installed_from() -> str:
+    """The folder that pip installed this library from, or its name where that was an index."""
+    import json
+    from importlib.metadata import PackageNotFoundError, distribution
+    from urllib.parse import urlsplit
+    from urllib.request import url2pathname
+
+    # A name would be looked up on an index, where it may be somebody else's or none.
+    try:
+        record = distribution("retensor").read_text("direct_url.json")
+        parts = urlsplit(json.loads(record)["url"]) if record else None
+    except (PackageNotFoundError, ValueError, KeyError, TypeError, OSError):
+        return "retensor"
+    return url2pathname(parts.path) if parts is not None and parts.scheme == "file" else "retensor"

@@ -122,7 +122,7 @@ def run(
             [
                 ("outputs", f"{len(graph.outputs)} compared with the plain run: {outcome}"),
                 ("peak address", f"{done.peak_bytes:,} B"),
-                ("read on-chip", exact_bytes(done.bytes_in)),
+                ("brought on-chip", exact_bytes(done.bytes_in)),
                 ("written off-chip", exact_bytes(done.bytes_out)),
                 ("time", f"{done.seconds:.2f} s, one operator at a time"),
             ],

@@ -128,7 +128,8 @@ def plan(
     written = {"plan": output, "report": report, "picture": picture}
     if json:
         content = plan_summary(graph, found, seen.stopped) | {
-            "files": {kind: str(path) for kind, path in written.items() if path is not None}
+            "caveats": planning.caveats(accelerator, dtype),
+            "files": {kind: str(path) for kind, path in written.items() if path is not None},
         }
         if beside is not None:
             content["baselines"] = comparison_to_json(found, beside)
@@ -136,6 +137,9 @@ def plan(
         return
     print_lines(describe_graph(graph), describe_merges(graph), "")
     print_plan(found, seen.stopped)
+    told = planning.caveats(accelerator, dtype)
+    if told:
+        print_lines("", *told)
     if beside is not None:
         print_lines("")
         print_comparison(found, beside)

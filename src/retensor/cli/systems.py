@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from retensor.cli.arguments import Json
-from retensor.cli.output import print_json, print_table
+from retensor.cli.output import print_json, print_lines, print_table
 
 
 def systems(
@@ -19,7 +19,8 @@ def systems(
     from retensor.claims import statuses
     from retensor.systems import SYSTEMS
 
-    status = statuses(folder)
+    measured = (folder / "results").is_dir()
+    status = statuses(folder) if measured else {system.name: "not found here" for system in SYSTEMS}
     if json:
         print_json(
             {
@@ -43,3 +44,5 @@ def systems(
         for system in SYSTEMS
     ]
     print_table(["system", "wing", "paper", "claims", "what it does"], rows, left=5)
+    if not measured:
+        print_lines("", "claims are measured in a checkout; run there, or name its folder with --benchmarks")

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from retensor.costing.sheet import CostSheet
+from retensor.planning.accelerators import caveats
 from retensor.planning.plan import Accelerator
 from retensor.units import format_bytes
 
@@ -145,6 +146,8 @@ def footnotes(sheets: Sequence[CostSheet]) -> list[str]:
     if chips:
         where = "in the scratchpad too" if sheets[0].parameters_resident else "read past the scratchpad"
         lines.append(f"on {'; '.join(chips)}; parameters {where}")
+    pairs = dict.fromkeys((sheet.accelerator, sheet.dtype) for sheet in sheets if sheet.accelerator is not None)
+    lines += dict.fromkeys(line for chip, dtype in pairs for line in caveats(chip, dtype))
     uncounted = list(dict.fromkeys(kind for sheet in sheets for kind in sheet.uncounted))
     if uncounted:
         named = ", ".join(uncounted[:6]) + (", ..." if len(uncounted) > 6 else "")

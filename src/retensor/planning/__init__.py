@@ -1,6 +1,6 @@
 """Where tensors live: bounds, the exact planner, baselines, verifier, executor and reports."""
 
-from retensor.planning.accelerators import PRESETS, Preset, accelerator_named
+from retensor.planning.accelerators import PRESETS, Preset, accelerator_named, caveats
 from retensor.planning.baselines import BASELINES, baseline
 from retensor.planning.bounds import Bounds, bounds
 from retensor.planning.bufferfile import BufferTable, read_buffers
@@ -39,6 +39,7 @@ __all__ = [
     "baseline",
     "bounds",
     "cache_folder",
+    "caveats",
     "divide_and_conquer",
     "execute",
     "pack_buffers",

@@ -68,12 +68,15 @@ class Preset:
         Which document says so; this module's docstring has the titles.
     note : str
         What the figures leave out.
+    elements : str, optional
+        The type of elements that the rate is of, where it is not for any.
     """
 
     accelerator: Accelerator
     what: str
     source: str
     note: str = ""
+    elements: str | None = None
 
 
 def _preset(
@@ -85,8 +88,10 @@ def _preset(
     bandwidth: float | None = None,
     macs_per_second: float | None = None,
     note: str = "",
+    elements: str | None = None,
 ) -> tuple[str, Preset]:
-    return name, Preset(Accelerator(scratchpad, alignment, name, bandwidth, macs_per_second), what, source, note)
+    chip = Accelerator(scratchpad, alignment, name, bandwidth, macs_per_second)
+    return name, Preset(chip, what, source, note, elements)
 
 
 PRESETS: Mapping[str, Preset] = dict(
@@ -102,6 +107,7 @@ PRESETS: Mapping[str, Preset] = dict(
                 macs * 500e6,
                 "the SRAM is shared with the processor; off-chip is flash that is only read, where feature maps cannot "
                 "be spilled",
+                "int8",
             )
             for macs in (32, 64, 128, 256)
         ),
@@ -114,6 +120,7 @@ PRESETS: Mapping[str, Preset] = dict(
                 16,
                 3.75e9,
                 macs * 1e9,
+                elements="int8",
             )
             for macs in (256, 512)
         ),
@@ -126,6 +133,7 @@ PRESETS: Mapping[str, Preset] = dict(
             1e9,
             64 * 1e9,
             "the buffer holds weights too; clock and bandwidth are those of NVIDIA's estimates",
+            "int8",
         ),
         _preset(
             "nvdla-large",
@@ -136,6 +144,7 @@ PRESETS: Mapping[str, Preset] = dict(
             20e9,
             2048 * 1e9,
             "the buffer holds weights too; clock and bandwidth are those of NVIDIA's estimates",
+            "int8",
         ),
         _preset(
             "gemmini",
@@ -153,7 +162,8 @@ PRESETS: Mapping[str, Preset] = dict(
             1,
             None,
             168 * 200e6,
-            "its elements have two bytes each: count with float16",
+            "its elements are fixed-point numbers of two bytes: count with float16",
+            "float16",
         ),
         _preset(
             "edge-tpu",
@@ -165,6 +175,7 @@ PRESETS: Mapping[str, Preset] = dict(
             2e12,
             "the SRAM, of about that size, caches weights first; the share of feature maps is not stated; PCIe has "
             "this bandwidth each way",
+            "int8",
         ),
         _preset(
             "max78000",
@@ -175,6 +186,7 @@ PRESETS: Mapping[str, Preset] = dict(
             None,
             64 * 9 * 50e6,
             "432 KiB for weights besides; nothing lies off-chip; the rate is that of 3 x 3 kernels",
+            "int8",
         ),
         _preset(
             "k210",
@@ -185,6 +197,7 @@ PRESETS: Mapping[str, Preset] = dict(
             None,
             0.23e12,
             "6 MiB of general SRAM besides, on-chip too",
+            "int8",
         ),
         _preset(
             "gap8",
@@ -203,6 +216,41 @@ PRESETS: Mapping[str, Preset] = dict(
     ]
 )
 """The presets by name, in the order of the table."""
+
+
+def caveats(chip: Accelerator, dtype: str | None = None) -> list[str]:
+    """What to know of figures for an accelerator: a preset's note, and whether elements are of the type of its rate.
+
+    Parameters
+    ----------
+    chip : Accelerator
+        Nothing is said of one that is no preset.
+    dtype : str, optional
+        The type that elements were counted at; the model's own by default.
+
+    Returns
+    -------
+    list of str
+
+    Examples
+    --------
+    >>> caveats(PRESETS["ethos-u65-256"].accelerator, "int8"), caveats(Accelerator(1024))
+    ([], [])
+    >>> caveats(PRESETS["ethos-u65-256"].accelerator)
+    ["the rate of ethos-u65-256 is for int8 elements; count at those by the dtype 'int8'"]
+    """
+    preset = PRESETS.get(chip.name or "")
+    if preset is None or (preset.accelerator.bandwidth, preset.accelerator.macs_per_second) != (
+        chip.bandwidth,
+        chip.macs_per_second,
+    ):
+        return []
+    told = [f"{chip.name}: {preset.note}"] if preset.note else []
+    if preset.elements is not None and dtype != preset.elements:
+        told.append(
+            f"the rate of {chip.name} is for {preset.elements} elements; count at those by the dtype '{preset.elements}'"
+        )
+    return told
 
 
 def accelerator_named(given: Accelerator | str | int) -> Accelerator:

@@ -91,6 +91,6 @@ def plan(
         result = search.run()
     return finish(
         graph, accelerator, scratchpad, parameters, problem, result.order, result.stays, result.addresses,
-        result.transient_addresses, bound=search.bound, solver="COSMA (CP-SAT)", seconds=clock.seconds,
+        result.transient_addresses, bound=search.bound, solver="COSMA", seconds=clock.seconds,
         fixed_order=fixed is not None,
     )  # fmt: skip

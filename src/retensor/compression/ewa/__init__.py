@@ -3,7 +3,8 @@ r"""Experts Weights Averaging (EWA): feed-forward layers trained as averaged exp
 Some feed-forward networks (FFNs) of a vision transformer are trained as N experts each. Every pass shares the tokens of
 the batch out among them at random and evenly, with no router: what it computes costs as much as the one FFN. After
 every step of the optimizer the experts are drawn together, and after training each mixture becomes one FFN, the mean of
-its experts: the deployed model is the original architecture, at the original cost.
+its experts: the deployed model is the original architecture, at the original cost. What a mixture takes before it is
+folded (N times the parameters) is the price of training, so compare the folded model.
 
 Source: Y. Huang, P. Ye, X. Huang, S. Li, T. Chen, T. He, W. Ouyang, "Experts Weights Averaging: A New General Training
 Scheme for Vision Transformers", 2023, arXiv 2308.06093. With experts :math:`E_1, \dots, E_N`, their mean

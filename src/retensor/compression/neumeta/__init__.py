@@ -17,9 +17,10 @@ from retensor.compression.neumeta.field import WeightField, coordinates, feature
 from retensor.compression.neumeta.generated import Generated
 from retensor.compression.neumeta.groups import ChannelGroup, Member, channel_groups
 from retensor.compression.neumeta.hyper import NeuMeta, load
-from retensor.compression.neumeta.smoothing import fuse, path_length, shortest_path, total_variation
+from retensor.compression.neumeta.smoothing import path_length, shortest_path, total_variation
 from retensor.compression.neumeta.space import Axis, WidthSpace, fuse_and_smooth
 from retensor.compression.neumeta.training import BypassTrapError, FitReport, dead_share, fit, warm_start
+from retensor.replacing import fold_norms as fuse
 
 __all__ = [
     "Axis",

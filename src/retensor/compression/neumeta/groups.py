@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,14 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from retensor.errors import MissingExtraError, RetensorError
-from retensor.files import brief
-from retensor.graph.modes import evaluating
-
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""Layers whose weight has rows for its outputs and columns for its inputs."""
-
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+from retensor.replacing.norms import LAYERS, NORMS, dependencies
 
 
 @dataclass(frozen=True)
@@ -126,54 +118,8 @@ def channel_groups(net: nn.Module, example: Any) -> list[ChannelGroup]:
     >>> sorted((group.channels, group.producers, group.consumers) for group in channel_groups(net, torch.zeros(1, 4)))
     [(3, ('2',), ()), (6, ('0',), ('2',))]
     """
-    found, names = _dependencies(net, example)
+    found, names = dependencies(net, example)
     return [_group(net, group, names) for group in found.get_all_groups()]
-
-
-def normalised(net: nn.Module, example: Any) -> dict[str, str]:
-    """Layers whose outputs go to one batch normalisation and nowhere else, with its name."""
-    found, names = _dependencies(net, example)
-    pairs: dict[str, str] = {}
-    for module, node in found.module2node.items():
-        if type(module) not in NORMS or len(node.inputs) != 1:
-            continue
-        source = node.inputs[0]
-        follows = len(source.outputs) == 1 and source.outputs[0] is node
-        if follows and isinstance(source.module, LAYERS) and module.running_mean is not None:
-            pairs[names[source.module]] = names[module]
-    return pairs
-
-
-def run(net: nn.Module, example: Any) -> Any:
-    """The outputs of a network for an example as the other functions take it."""
-    if isinstance(example, Mapping):
-        return net(**example)
-    return net(*example) if isinstance(example, tuple | list) else net(example)
-
-
-def _dependencies(net: nn.Module, example: Any) -> tuple[Any, dict[Any, str]]:
-    try:
-        import torch_pruning
-    except ImportError as error:
-        raise MissingExtraError("finding channels that belong together", "compression") from error
-    # The graph is read off the gradients' one, so every parameter needs one.
-    wanted = {name: parameter.requires_grad for name, parameter in net.named_parameters()}
-    try:
-        # The tracer sets eval mode too, and leaves it.
-        with evaluating(net), torch.enable_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for parameter in net.parameters():
-                parameter.requires_grad_(True)
-            graph = torch_pruning.DependencyGraph().build_dependency(net, example_inputs=example)
-    except Exception as error:  # whatever the network or the tracer raise
-        raise RetensorError(
-            f"the channels of {type(net).__name__} cannot be followed for this example: {brief(error)}; give an "
-            "example that the network takes"
-        ) from error
-    finally:
-        for name, parameter in net.named_parameters():
-            parameter.requires_grad_(wanted[name])
-    return graph, {module: name for name, module in net.named_modules()}
 
 
 def _group(net: nn.Module, found: Any, names: Mapping[Any, str]) -> ChannelGroup:

@@ -12,10 +12,11 @@ from torch import nn
 
 from retensor.compression.neumeta.field import shaped, values
 from retensor.compression.neumeta.generated import Generated, generated
-from retensor.compression.neumeta.smoothing import exactly, fuse
 from retensor.compression.neumeta.space import WidthSpace, check_amounts, check_width
 from retensor.errors import RetensorError
 from retensor.files import brief, described
+from retensor.replacing.norms import exactly
+from retensor.replacing.norms import fold_norms as fuse
 from retensor.replacing.replace import copied, replace
 from retensor.replacing.state import load as load_state
 from retensor.replacing.state import read_header, save

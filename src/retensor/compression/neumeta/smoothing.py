@@ -9,71 +9,22 @@ by as much as its paths.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.utils._pytree import tree_leaves, tree_map
 
-from retensor.compression.neumeta.groups import ChannelGroup, channel_groups, normalised, run
+from retensor.compression.neumeta.groups import ChannelGroup, channel_groups
 from retensor.errors import MissingExtraError
 from retensor.files import described
-from retensor.replacing.replace import copied, replace
+from retensor.replacing.norms import run
+from retensor.replacing.replace import copied
 
 Solver: TypeAlias = Literal["fast_tsp", "nearest", "none"]
 
 # Distances of fast-tsp are whole numbers below 2**16.
 _LONGEST = 60_000
-
-
-def fuse(model: nn.Module, *, example: Any) -> nn.Module:
-    """Fold every batch normalisation into the layer before it: ``w*g/sqrt(var+eps)``, and the bias accordingly.
-
-    Parameters
-    ----------
-    model : nn.Module
-        With its trained values, which cannot be loaded afterwards. It stays as it is.
-    example : torch.Tensor, tuple or mapping
-        An input, arguments, or keyword arguments.
-
-    Returns
-    -------
-    nn.Module
-        A copy in eval mode, with ``nn.Identity`` in the places of the normalisations. One whose input is used
-        elsewhere too, or that comes before its layer, stays.
-
-    Raises
-    ------
-    RetensorError
-        Where the model cannot be followed.
-
-    Examples
-    --------
-    >>> fuse(nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2)), example=torch.zeros(1, 1, 4, 4))
-    Sequential(
-      (0): Conv2d(1, 2, kernel_size=(3, 3), stride=(1, 1))
-      (1): Identity()
-    )
-    """
-    model = copied(model).eval()
-    pairs = normalised(model, example)
-    fused: dict[str, nn.Module] = {}
-    for name, norm in pairs.items():
-        layer, after = model.get_submodule(name), model.get_submodule(norm)
-        fold = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
-        fused[name] = fold(layer, after)
-    if not fused:
-        return model
-    places: dict[Any, nn.Module] = {exactly(name): layer for name, layer in fused.items()}
-    places |= {exactly(name): nn.Identity() for name in pairs.values()}
-    return replace(model, places).eval()
-
-
-def exactly(name: str) -> Callable[[str, nn.Module], bool]:
-    """A pattern that means the layer of that name alone, whatever letters it has."""
-    return lambda given, _: given == name
 
 
 def total_variation(net: nn.Module) -> float:

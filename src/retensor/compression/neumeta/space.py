@@ -11,11 +11,13 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from retensor.compression.neumeta.groups import LAYERS, ChannelGroup, Member, channel_groups, expanded, normalised
-from retensor.compression.neumeta.smoothing import Solver, fuse, outputs_of, smooth_, total_variation
+from retensor.compression.neumeta.groups import ChannelGroup, Member, channel_groups, expanded
+from retensor.compression.neumeta.smoothing import Solver, outputs_of, smooth_, total_variation
 from retensor.errors import RetensorError
 from retensor.files import brief, described
 from retensor.replacing.match import matching, suggestions
+from retensor.replacing.norms import LAYERS, normalised
+from retensor.replacing.norms import fold_norms as fuse
 from retensor.replacing.replace import copied
 
 
@@ -95,7 +97,7 @@ class WidthSpace:
     Parameters
     ----------
     model : nn.Module
-        Trained, with its batch normalisations fused (:func:`fuse`). It stays as it is.
+        Trained, with its batch normalisations fused (:func:`retensor.replacing.fold_norms`). It stays as it is.
     layers : str or sequence of str
         Names or globs of layers, or of what they lie in, such as ``"layer3.2"``: all linear layers and convolutions of
         it are generated. All else keeps its values. ``"**"`` means the whole network.

@@ -452,7 +452,8 @@ def _told(report: FitReport) -> str:
     accuracy = "" if report.bypass_accuracy is None else f" (accuracy {report.bypass_accuracy:.3f})"
     losses = ", ".join(f"{loss:.3g} at width {w}" for w, loss in report.loss.items())
     return (
-        f"{report.dead[width]:.0%} of the inner channels never fire at width {width}, and the network goes on around "
-        f"the generated layers: its loss is {losses}, and {report.bypass_loss:.3g}{accuracy} without them; use "
-        "warm_start at random widths and with noise before, or a lower learning rate"
+        f"the generated layers do nothing: {report.dead[width]:.0%} of the inner channels never fire at width {width}; "
+        f"the loss is {losses}, and {report.bypass_loss:.3g}{accuracy} with zeros in their place; make the family anew, "
+        "as this fit changed it, and give it a longer warm_start at random widths and with noise, or a lower learning "
+        "rate"
     )
