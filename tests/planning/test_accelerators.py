@@ -85,3 +85,19 @@ def test_rates_change_no_plan():
     for form in forms:
         form.pop("seconds")
     assert forms[0] == forms[1]
+
+
+def test_what_a_preset_leaves_out_is_said_beside_its_figures():
+    flash, dedicated = PRESETS["ethos-u55-128"].accelerator, PRESETS["ethos-u65-256"].accelerator
+    assert accelerators.caveats(flash, "int8") == [f"ethos-u55-128: {PRESETS['ethos-u55-128'].note}"]
+    assert "cannot be spilled" in accelerators.caveats(flash, "int8")[0]
+    # A rate of integers says nothing of float32, which a model is in where nothing is said.
+    for dtype in (None, "float16"):
+        assert [line for line in accelerators.caveats(dedicated, dtype) if "int8" in line]
+    assert accelerators.caveats(dedicated, "int8") == []
+    # An accelerator of the user's own is his, whatever its name.
+    assert accelerators.caveats(Accelerator("1MiB", name="ethos-u55-128")) == []
+    sheet = rt.cost("squeezenet", accelerator="ethos-u55-128")
+    assert "cannot be spilled" in str(sheet)
+    assert "for int8 elements" in str(sheet)
+    assert "for int8 elements" not in str(rt.cost("squeezenet", accelerator="ethos-u55-128", dtype="int8"))

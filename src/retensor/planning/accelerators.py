@@ -247,9 +247,8 @@ def caveats(chip: Accelerator, dtype: str | None = None) -> list[str]:
         return []
     told = [f"{chip.name}: {preset.note}"] if preset.note else []
     if preset.elements is not None and dtype != preset.elements:
-        told.append(
-            f"the rate of {chip.name} is for {preset.elements} elements; count at those by the dtype '{preset.elements}'"
-        )
+        kind = preset.elements
+        told.append(f"the rate of {chip.name} is for {kind} elements; count at those by the dtype '{kind}'")
     return told
 
 
