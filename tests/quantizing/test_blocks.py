@@ -80,7 +80,9 @@ def test_any_shape_and_axis_comes_back_and_codes_are_their_own(
     element = sorted(v for v in format_.element.values if math.isfinite(v))
     widest = max(b - a for a, b in itertools.pairwise(element))
     most = x.abs().amax()
-    assert float((x - y).abs().max()) <= float(most) / format_.element.largest * widest * 0.75 + 1e-12
+    # Scales below the normal ones of their format are off by half of its least step.
+    off = 2**-10 * format_.element.largest if format_.scale.name == "e4m3" and not format_.tensor_scale else 0.0
+    assert float((x - y).abs().max()) <= float(most) / format_.element.largest * widest * 0.75 + off + 1e-12
 
 
 def test_a_tensor_scale_brings_the_largest_scale_to_the_top() -> None:
@@ -106,7 +108,9 @@ def test_zeros_and_bad_numbers_stay_in_their_block() -> None:
         assert not good[1, 40 // size * size : (40 // size + 1) * size].any()
         assert int((~good).sum()) == 2 * size
     assert not Blocks("e2m1", "e4m3", 16, tensor_scale=True).encode(torch.zeros(3, 20)).decode().any()
-    assert Blocks().encode(torch.zeros(0, 5)).decode().shape == (0, 5)
+    for shape in ((0, 5), (5, 0)):
+        assert Blocks().encode(torch.zeros(shape)).decode().shape == shape
+        assert Blocks(tensor_scale=True).round(torch.zeros(shape)).shape == shape
 
 
 def test_bad_arguments_are_named() -> None:
@@ -126,8 +130,9 @@ def test_bad_arguments_are_named() -> None:
 @pytest.mark.parametrize(
     "format_",
     [
-        *FORMATS, Blocks("e2m1", "e8m0", 32, rule="floor"), Blocks("e2m1", "e8m0", 32, rule="even"), Blocks("e2m1", "e8m0"),
-        Blocks("e2m1", "float32", 16), Blocks("e2m3", "bfloat16", 4), Blocks("e4m3", "e5m2", 16), Blocks("e5m2", "e4m3", 16),
+        *FORMATS, Blocks("e2m1", "e8m0", 32, rule="floor"), Blocks("e2m1", "e8m0", 32, rule="even"),
+        Blocks("e2m1", "e8m0"), Blocks("e2m1", "float32", 16), Blocks("e2m3", "bfloat16", 4),
+        Blocks("e4m3", "e5m2", 16), Blocks("e5m2", "e4m3", 16),
         Blocks("e2m1", "e4m3", 16, tensor_scale=True, tensor_power=True),
     ],
     ids=str,

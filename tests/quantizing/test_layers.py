@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrize
 
 import retensor as rt
 from retensor.quantizing import (
@@ -99,6 +100,18 @@ def test_a_learner_gives_the_values_of_its_codes(bits: int, symmetric: bool, see
     # It moves a weight to one of the two whole numbers beside it, never further.
     apart = (learner.quantized(weight).codes.int() - quantizer.encode(weight).codes.int()).abs()
     assert int(apart.max()) <= 1
+
+
+@pytest.mark.parametrize("search", [None, 2.4])
+def test_learners_in_a_file_are_rebuilt_without_a_weight(search: float | None, tmp_path: Path) -> None:
+    layer, x = made("linear")
+    parametrize.register_parametrization(layer, "weight", AdaRound(layer.weight, Affine(3, axis=0, search=search)))
+    with torch.no_grad():
+        layer.parametrizations.weight[0].V.normal_(generator=torch.Generator().manual_seed(0))
+    rt.save(nn.Sequential(layer), tmp_path / "layer.safetensors")
+    again = rt.load(tmp_path / "layer.safetensors", nn.Sequential(made("linear")[0]))
+    assert torch.equal(again(x), layer(x))
+    assert again[0].parametrizations.weight[0].config() == layer.parametrizations.weight[0].config()
 
 
 def test_the_regulariser_of_adaround_is_nothing_first_and_then_what_its_formula_says() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -200,6 +202,35 @@ def test_fitting_lowers_the_error_of_every_unit_that_rounding_leaves() -> None:
     assert apart == pytest.approx(fitted.report[-1].after, rel=1e-4)
 
 
+def test_errors_are_those_of_codes_where_a_method_says_so() -> None:
+    looks: Counter[str] = Counter()
+
+    class Judged(Adaptive):
+        """Its weights lie between codes while they are learned."""
+
+        @contextmanager
+        def judged(self, fitting: Fitting) -> Iterator[None]:
+            looks[fitting.unit.name] += 1
+            learners = [fitting.layer(name).learner for name in fitting.unit.layers]
+            for learner in learners:
+                learner.hard = True
+            yield
+            for learner in learners:
+                learner.hard = False
+
+    net, x = made()
+    nearest, soft, hard = (
+        reconstruct(net, x, method(Affine(3)), steps=0).report[0] for method in (Nearest, Adaptive, Judged)
+    )
+    # Numbers beyond the ends of the range are clipped, all others are whole so far.
+    assert soft.before < 0.2 * nearest.before
+    assert hard.before == pytest.approx(nearest.before, rel=1e-6)
+    # And so are the values at ten moments and at the end, on samples that are held out.
+    looks.clear()
+    reconstruct(net, x, Judged(Affine(3)), steps=20, held_out=0.2)
+    assert looks == dict.fromkeys(("stem", "blocks.0", "blocks.1", "blocks.2", "head"), 12)
+
+
 def test_no_step_uses_what_is_held_out_and_the_best_values_are_kept() -> None:
     net, x = made()
     used: dict[str, set[int]] = {}
@@ -343,3 +374,21 @@ def test_a_loss_that_is_no_number_names_the_unit_and_the_step() -> None:
     net, x = made()
     with pytest.raises(RuntimeError, match=r"loss of 'stem' .* at step 0; take a lower"):
         reconstruct(net, x, Broken(Affine(4)), steps=2)
+
+
+def test_a_language_model_with_a_cache_is_walked_without_and_keeps_its_setting() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    assert model.config.use_cache
+    # A cache that went from step to step would hold keys of graphs that are gone, which is an error.
+    ids = {"input_ids": torch.arange(12).reshape(2, 6)}
+    done = reconstruct(model, ids, Adaptive(Affine(8, axis=0)), steps=3, batch=2)
+    assert all(report.after < 1e-2 for report in done.report)
+    assert model.config.use_cache
+    assert done.model.config.use_cache

@@ -59,7 +59,7 @@ class BlockTensor:
     def decode(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The numbers, of the shape that was encoded; NaN in blocks whose scale is."""
         block = self.format
-        elements = block.element.decode(self.codes).unflatten(-1, (-1, block.size))
+        elements = block.element.decode(self.codes).unflatten(-1, (self.scales.shape[-1], block.size))
         scales = block.scale.decode(self.scales) * self.tensor_scale
         out = (elements * scales[..., None]).flatten(-2)[..., : self.length]
         return out.movedim(-1, self.dim).to(dtype)
@@ -161,7 +161,7 @@ class Blocks:
         """
         length = self._length(x, dim)
         blocks = functional.pad(x.detach().movedim(dim, -1).to(torch.float32), (0, -length % self.size))
-        blocks = blocks.unflatten(-1, (-1, self.size))
+        blocks = blocks.unflatten(-1, (blocks.shape[-1] // self.size, self.size))
         most = blocks.abs().amax(-1)
         tensor_scale = self._tensor_scale(most)
         scales = self._scales(most, tensor_scale)
@@ -227,7 +227,7 @@ class Blocks:
         missing = -x.shape[dim] % self.size
         if missing:
             x = functional.pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, missing))
-        return x.unflatten(dim, (-1, self.size))
+        return x.unflatten(dim, (x.shape[dim] // self.size, self.size))
 
     def sizes(self, most: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What a unit of each block's codes is worth, ``s_q``, and the tensor's scale ``s_T``.

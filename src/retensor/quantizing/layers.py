@@ -173,7 +173,7 @@ class QuantizedLayer(Replacement):
     def __init__(self, layer: nn.Module, quantizer: Affine, inputs: nn.Module | None = None) -> None:
         super().__init__()
         self.shape, self.quantizer, self.inputs = tuple(layer.weight.shape), quantizer, inputs
-        self.settings, self.layer = _settings(layer), layer
+        self.settings, self.layer = layer_settings(layer), layer
         device, steps = layer.weight.device, quantizer.steps(self.shape)
         self.register_buffer(
             "packed", torch.zeros(packed_bytes(layer.weight.numel(), quantizer.bits), dtype=torch.uint8, device=device)
@@ -233,7 +233,7 @@ class QuantizedLayer(Replacement):
         """A layer of the same shapes."""
         inputs = config["inputs"]
         return cls(
-            _layer(config["layer"]),
+            plain_layer(config["layer"]),
             Affine(**config["quantizer"]),
             None if inputs is None else ActivationQuantizer(**inputs),
         )
@@ -242,7 +242,7 @@ class QuantizedLayer(Replacement):
         """A plain layer with the weight that the codes stand for; None where inputs are rounded too."""
         if self.inputs is not None:
             return None
-        plain = _layer(self.settings)
+        plain = plain_layer(self.settings)
         with torch.no_grad():
             plain.weight.copy_(self.weight)
             if self.bias is not None:
@@ -252,7 +252,7 @@ class QuantizedLayer(Replacement):
 
 def quantized_layer(layer: nn.Module, kept: AffineTensor, inputs: nn.Module | None = None) -> QuantizedLayer:
     """A linear layer or a convolution with these codes for its weight, and its bias; the layer stays as it is."""
-    made = QuantizedLayer(_layer(_settings(layer)).to(layer.weight.device), kept.quantizer, inputs)
+    made = QuantizedLayer(plain_layer(layer_settings(layer)).to(layer.weight.device), kept.quantizer, inputs)
     made.keep(kept)
     if layer.bias is not None:
         with torch.no_grad():
@@ -261,11 +261,10 @@ def quantized_layer(layer: nn.Module, kept: AffineTensor, inputs: nn.Module | No
 
 
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-_CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 _SETTINGS = {"Linear": ("in_features", "out_features"), "Conv1d": _CONV, "Conv2d": _CONV, "Conv3d": _CONV}
 
 
-def _settings(layer: nn.Module) -> dict[str, Any]:
+def layer_settings(layer: nn.Module) -> dict[str, Any]:
     """The class and the arguments of a layer, as JSON has them."""
     for kind, names in _SETTINGS.items():
         if isinstance(layer, getattr(nn, kind)):
@@ -275,8 +274,8 @@ def _settings(layer: nn.Module) -> dict[str, Any]:
     raise TypeError(f"linear layers and convolutions are put in few bits, not {type(layer).__name__}")
 
 
-def _layer(settings: Mapping[str, Any]) -> nn.Module:
-    """A layer by what :func:`_settings` says of it, without values."""
+def plain_layer(settings: Mapping[str, Any]) -> nn.Module:
+    """A layer by what :func:`layer_settings` says of it, without values."""
     if settings["kind"] not in _SETTINGS:
         raise ValueError(f"{described(settings['kind'])} is no kind of layer; they are {', '.join(_SETTINGS)}")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}

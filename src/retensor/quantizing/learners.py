@@ -12,6 +12,7 @@ van Baalen, C. Louizos, T. Blankevoort, Up or Down? Adaptive Rounding for Post-T
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,7 +46,12 @@ class WeightLearner(Reparametrization):
     def __init__(self, weight: torch.Tensor, quantizer: Affine) -> None:
         super().__init__()
         self.quantizer, self.shape = quantizer, tuple(weight.shape)
-        scale, zero = quantizer.choose(weight.detach())
+        if weight.is_meta:
+            # It is rebuilt to be filled; there are no values to choose by.
+            scale = weight.new_ones(quantizer.steps(self.shape), dtype=torch.float32)
+            zero = torch.zeros_like(scale)
+        else:
+            scale, zero = quantizer.choose(weight.detach())
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero)
 
@@ -60,7 +66,11 @@ class WeightLearner(Reparametrization):
     @classmethod
     def from_config(cls, config: Any) -> WeightLearner:
         """One for weights of that shape, whose values are loaded."""
-        return cls(torch.zeros(config["shape"]), Affine(**config["quantizer"]))
+        quantizer = Affine(**config["quantizer"])
+        # The step is loaded too; a search for one would be for nothing.
+        made = cls(torch.zeros(config["shape"]), replace(quantizer, search=None))
+        made.quantizer = quantizer
+        return made
 
 
 class RoundToNearest(WeightLearner):

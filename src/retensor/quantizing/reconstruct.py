@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -107,6 +108,14 @@ class Method:
 
     def after_step(self, fitting: Fitting, done: float) -> None:
         """Called after each step."""
+
+    @contextmanager
+    def judged(self, fitting: Fitting) -> Iterator[None]:
+        """While this lasts the unit gives what it would in few bits, as far as it does not while it is fitted.
+
+        The error at the beginning and those of samples that are held out are taken so.
+        """
+        yield
 
     def end(self, fitting: Fitting) -> dict[str, Any]:
         """Put what was found in the unit's place, in few bits; what to report of it."""
@@ -205,16 +214,17 @@ def reconstruct(
     storage = storage or Storage()
     generator = torch.Generator().manual_seed(seed)
     report: list[UnitReport] = []
-    with evaluating(model):
+    student = copied(model)
+    student.requires_grad_(False)
+    with evaluating(model), evaluating(student), _without_cache(model), _without_cache(student):
         units = find_units(model, samples, blocks)
-        student = copied(model)
-        student.requires_grad_(False)
         before: Fitting | None = None
         for unit in watched(units, type(method).__name__, len(units)):
             start = time.monotonic()
             fitting = before = _fitting(unit, before, model, student, samples, storage)
             optimizers = method.begin(fitting)
-            error = _error(fitting)
+            with method.judged(fitting):
+                error = _error(fitting)
             if optimizers and steps:
                 _fit(fitting, method, optimizers, steps, batch, input_mix, held_out, generator)
             found = method.end(fitting)
@@ -222,7 +232,24 @@ def reconstruct(
             after = _relative(fitting.output, fitting.target)
             report.append(UnitReport(unit.name, unit.layers, error, after, time.monotonic() - start, found))
     student.requires_grad_(False)
-    return Reconstruction(student, tuple(report))
+    return Reconstruction(student.eval(), tuple(report))
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """Keep language models of transformers from handing one cache of keys and values to all of their blocks.
+
+    Whatever runs one of them again would add to it.
+    """
+    settings = {id(found): found for module in model.modules() if (found := getattr(module, "config", None))}
+    cached = [found for found in settings.values() if getattr(found, "use_cache", None) is True]
+    try:
+        for found in cached:
+            found.use_cache = False
+        yield
+    finally:
+        for found in cached:
+            found.use_cache = True
 
 
 def _fitting(
@@ -259,7 +286,8 @@ def _fit(
     for step in range(steps):
         done = step / steps
         if apart and step % max(1, steps // CHECKS) == 0:
-            best, least = _better(fitting, looked_at, learned, best, least)
+            with method.judged(fitting):
+                best, least = _better(fitting, looked_at, learned, best, least)
         if len(turn) < min(batch, len(used)):
             turn = torch.cat([turn, used[torch.randperm(len(used), generator=generator)]])
         chosen, turn = turn[:batch], turn[batch:]
@@ -279,7 +307,8 @@ def _fit(
             optimizer.step()
         method.after_step(fitting, done)
     if apart:
-        best, _ = _better(fitting, looked_at, learned, best, least)
+        with method.judged(fitting):
+            best, _ = _better(fitting, looked_at, learned, best, least)
         with torch.no_grad():
             for value, kept in zip(learned, best, strict=True):
                 value.copy_(kept)

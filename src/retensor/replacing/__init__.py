@@ -13,7 +13,8 @@ except ImportError as error:
 from retensor.replacing.fold import fold
 from retensor.replacing.kinds import Reparametrization, Replacement
 from retensor.replacing.match import matching
+from retensor.replacing.norms import fold_norms
 from retensor.replacing.replace import replace
 from retensor.replacing.state import load, save
 
-__all__ = ["Reparametrization", "Replacement", "fold", "load", "matching", "replace", "save"]
+__all__ = ["Reparametrization", "Replacement", "fold", "fold_norms", "load", "matching", "replace", "save"]

@@ -65,8 +65,8 @@ class Reparametrization(_Kind):
 def kind_named(kind: Any) -> type[_Kind]:
     """The class of that name in a file.
 
-    Of this library only modules of :data:`retensor.systems.SYSTEMS` are imported for it; other classes must have been
-    defined already, so that a file cannot make anything run.
+    Of this library only :mod:`retensor.quantizing` and modules of :data:`retensor.systems.SYSTEMS` are imported for it;
+    other classes must have been defined already, so that a file cannot make anything run.
 
     Raises
     ------
@@ -77,9 +77,10 @@ def kind_named(kind: Any) -> type[_Kind]:
 
     if not isinstance(kind, str):
         raise RetensorError(f"{described(kind)} names no replacement; a class's full name is needed")
-    for system in SYSTEMS:
-        if kind.startswith(f"{system.module}.") and system.wing != "planning":
-            importlib.import_module(system.module)
+    modules = [system.module for system in SYSTEMS if system.wing != "planning"]
+    for module in ("retensor.quantizing", *modules):
+        if kind.startswith(f"{module}."):
+            importlib.import_module(module)
     if kind not in _Kind._known:
         raise RetensorError(
             f"no replacement is called {described(kind)}; where it is your own class, import its module before loading"

@@ -453,7 +453,7 @@ def _told(report: FitReport) -> str:
     losses = ", ".join(f"{loss:.3g} at width {w}" for w, loss in report.loss.items())
     return (
         f"the generated layers do nothing: {report.dead[width]:.0%} of the inner channels never fire at width {width}; "
-        f"the loss is {losses}, and {report.bypass_loss:.3g}{accuracy} with zeros in their place; make the family anew, "
-        "as this fit changed it, and give it a longer warm_start at random widths and with noise, or a lower learning "
-        "rate"
+        f"the loss is {losses}, and {report.bypass_loss:.3g}{accuracy} with zeros in their place; make the family "
+        "anew, as this fit changed it, and give it a longer warm_start at random widths and with noise, or a lower "
+        "learning rate"
     )
