@@ -230,6 +230,21 @@ def test_replacements_are_told_when_all_of_a_model_is_loaded(tmp_path: Path) -> 
     assert len(seen) == 1
 
 
+def test_a_flipped_bit_among_values_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    rt.save(rt.replace(net(), {"2": same}), path)
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for at in (start, (start + len(whole)) // 2, len(whole) - 1):
+        data = bytearray(whole)
+        data[at] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(RetensorError, match="was altered after it was written"):
+            rt.load(path, net())
+    path.write_bytes(whole)
+    rt.load(path, net())
+
+
 def test_mutated_files_are_read_or_refused_in_a_sentence(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     rt.save(rt.replace(net(), {"2": same}), path)

@@ -2,12 +2,14 @@
 
 The header holds, under the key ``retensor``, ``{"schema": "retensor.state/1", "replacements": [{"name", "kind",
 "config"}], "parametrizations": [{"name", "tensor", "kind", "config"}], "shared": {name: name of the same module},
-"tied": {name: name of the tensor kept}}``.
-Reading one runs no code: kinds are looked up among classes that are there, and values are checked by name and shape.
+"tied": {name: name of the tensor kept}, "sha256": of all that and of the tensors}``.
+Reading one runs no code: kinds are looked up among classes that are there, and values are checked by name, shape and
+that sum, which tells of a file that was damaged, not of one that was forged.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -83,6 +85,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "tied": tied,
     }
     try:
+        header["sha256"] = _digest(header, tensors)
         content = _safetensors().save(tensors, metadata={KEY: json.dumps(header)})
     except (TypeError, ValueError) as error:
         raise RetensorError(f"the configuration of a replacement is no JSON: {brief(error)}") from None
@@ -118,12 +121,15 @@ def load(path: str | os.PathLike[str], base: nn.Module | None = None) -> nn.Modu
         raise TypeError("the base of a saved state is a model that is not scripted yet; load before scripting")
     shown = brief(path)
     tensors, header = _read(Path(path), shown)
+    whole = header.get("sha256") == _digest(header, tensors)
     for name, kept in header["tied"].items():
         if kept not in tensors or name in tensors:
             raise RetensorError(f"'{shown}' ties '{brief(name)}' to '{brief(kept)}', which it does not hold")
         tensors[name] = tensors[kept]
     model = _rebuilt(base, header, tensors, shown)
     compare(tensors, model.state_dict(keep_vars=True), shown)
+    if not whole:
+        raise RetensorError(f"'{shown}' was altered after it was written; save the model anew")
     model.load_state_dict(tensors)
     _tie(model, header["tied"])
     for module in model.modules():
@@ -135,6 +141,18 @@ def load(path: str | os.PathLike[str], base: nn.Module | None = None) -> nn.Modu
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What a saved state says of itself, without its tensors."""
     return _read(Path(path), brief(path), values=False)[1]
+
+
+def _digest(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+    """The sum of a header, but for the sum itself, and of tensors: their names, types, shapes and values."""
+    told = {key: value for key, value in header.items() if key != "sha256"}
+    found = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        found.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        if value.numel():
+            found.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _safetensors() -> Any:
