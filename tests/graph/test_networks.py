@@ -241,5 +241,5 @@ def test_shapes_that_are_none_are_refused(shape):
 @pytest.mark.parametrize("missing", ["torch", "torchvision", "timm"])
 def test_a_missing_library_is_named_by_its_extra(monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(MissingExtraError, match=r"retensor\[torch\]"):
+    with pytest.raises(MissingExtraError, match=r"the torch extra: pip install \".*\[torch\]\""):
         networks.names() if missing != "torch" else networks.build("torch:transformer")
