@@ -58,13 +58,13 @@ def test_the_python_blocks_run(monkeypatch, tmp_path):
     assert (tmp_path / "student.safetensors").stat().st_size > 0
 
 
-def test_the_python_blocks_of_the_page_on_replacing_run_one_after_another(monkeypatch, tmp_path):
+@pytest.mark.parametrize("page", ["replace.md", "few-bits.md"])
+def test_the_python_blocks_of_a_page_run_one_after_another(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    blocks = fences((ROOT / "docs" / "replace.md").read_text(encoding="utf-8"), "python")
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     names = {"__name__": "page"}
-    printed = [shown_by(block, names) for block in blocks]
-    promised = fences((ROOT / "docs" / "replace.md").read_text(encoding="utf-8"), "text")
-    assert [text for text in printed if text] == promised
+    printed = [shown_by(block, names) for block in fences(text, "python")]
+    assert [shown for shown in printed if shown] == fences(text, "text")
 
 
 def test_the_commands_of_the_readme_run_in_their_order(monkeypatch, tmp_path, capfd):
