@@ -93,7 +93,7 @@ def load_torch(
         network = networks.build(source, inputs)
         name, exported = network.name, networks.export(network.module, (), network.arguments)
     elif isinstance(source, ExportedProgram):
-        name, exported = "exported", source
+        name, exported = _class_name(source), source
     elif isinstance(source, torch.nn.Module):
         args, kwargs = networks.module_arguments(source, example_inputs, inputs)
         name, exported = type(source).__name__, networks.export(source, args, kwargs)
@@ -108,6 +108,15 @@ def load_torch(
     from retensor.graph.merge import merge
 
     return merge(graph, fuse=fuse, in_place=in_place)
+
+
+def _class_name(program: ExportedProgram) -> str:
+    """The class of the module that was exported, as its operators remember it."""
+    for node in program.graph.nodes:
+        for path, kind in node.meta.get("nn_module_stack", {}).values():
+            if path == "":
+                return str(kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
+    return "exported"
 
 
 def _check_inputs(has: Sequence[Any], inputs: Mapping[str, Sequence[int]]) -> None:
