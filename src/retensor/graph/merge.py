@@ -1,9 +1,11 @@
 """Operators that a kernel computes as one, taken together before planning.
 
 ``fuse``: a convolution takes in its normalisation and one activation, which a convolution kernel applies to
-each element as it is made. ``in_place``: an operator that maps one tensor to another element by element writes
-over its input, where nothing else wants that input. Both work on the operators' kinds, ONNX's (``Conv``) and
-torch's (``aten.conv2d.default``) alike, and on tensors' shapes.
+each element as it is made; and an operator whose weight is kept as codes (integers of few bits with a step) takes in
+what makes numbers of them, as kernels for such weights do, so that no tensor of those numbers is ever there.
+``in_place``: an operator that maps one tensor to another element by element writes over its input, where nothing else
+wants that input. Both work on the operators' kinds, ONNX's (``Conv``) and torch's (``aten.conv2d.default``) alike, and
+on tensors' shapes.
 
 Why ``in_place`` loses nothing. Let ``u`` map tensor ``t`` to ``v`` of as many bytes, let ``p`` make ``t``, and
 let ``u`` be the only reader of ``t``, which is no output of the network. Take any plan in which ``u`` writes
@@ -49,6 +51,8 @@ _ELEMENTWISE = _ACTIVATIONS | _words(
     # With a number, or the tensor itself, for the other argument these have one tensor only.
     "Add Sub Mul Div Max Min Sum add sub mul div pow"
 )
+# Integers that are 64 bits wide are places and sizes.
+_CODES = frozenset({"uint2", "int2", "uint4", "int4", "uint8", "int8", "int16", "uint16", "int32", "uint32"})
 _LONG_KINDS = {
     "native_batch_norm_legit_no_training": "batch_norm",
     "native_layer_norm": "layer_norm",
@@ -65,7 +69,8 @@ def merge(graph: Graph, *, fuse: bool, in_place: bool) -> Graph:
     graph : Graph
     fuse : bool
         A convolution takes in the batch normalisation and per-channel scaling that follow it, and then one
-        activation, each being the only reader of the tensor before it.
+        activation, each being the only reader of the tensor before it. What makes numbers of a weight's codes joins the
+        one operator that reads them.
     in_place : bool
         An elementwise operator with one input tensor and an output of as many bytes joins the operator that
         makes its input, where it is that tensor's only reader. See the module for why this loses nothing.
@@ -92,6 +97,7 @@ def merge(graph: Graph, *, fuse: bool, in_place: bool) -> Graph:
     if fuse:
         for index in range(len(work.operators)):
             _fuse_from(work, index)
+        _fuse_decoding(work)
     if in_place:
         for index in range(len(work.operators)):
             _run_in_place(work, index)
@@ -178,6 +184,31 @@ class _Work:
         for name in head.outputs:
             self.readers[name] = [user for user in self.readers[name] if user != first]
         self.gone.update(between)
+
+    def join_before(self, parts: list[int], second: int) -> None:
+        """Let operator ``second`` take in those that make of parameters alone what it and they alone read."""
+        tail = self.operators[second]
+        assert tail is not None
+        heads = [head for index in parts if (head := self.operators[index]) is not None]
+        made = {name for head in heads for name in head.outputs}
+        read = [name for operator in (*heads, tail) for name in operator.inputs if name not in made]
+        first = [name for name in tail.inputs if name not in made]
+        self.operators[second] = Operator(
+            tail.name,
+            f"decode+{tail.kind}",
+            tuple(dict.fromkeys(first + read)),
+            tail.outputs,
+            tuple(node for operator in (*heads, tail) for node in operator.nodes or (operator.name,)),
+            tail.macs,
+        )
+        gone = {*parts, second}
+        for index in parts:
+            self.operators[index] = None
+        for name in read:
+            self.readers[name] = sorted({user for user in self.readers[name] if user not in gone} | {second})
+        for name in made:
+            self.readers[name] = []
+        self.gone |= made
 
     def result(self) -> Graph:
         if not self.gone:
@@ -276,6 +307,31 @@ def _gate_and_product(work: _Work, index: int) -> tuple[int, int] | None:
         ):
             return first, second
     return None
+
+
+def _fuse_decoding(work: _Work) -> None:
+    """Let each operator take in what makes numbers of the codes that it alone reads."""
+    codes: dict[str, bool] = {}  # of what is made of parameters alone, whether some of those are codes
+    for operator in work.operators:
+        # Products of weights with each other are work of their own.
+        if operator is None or len(operator.outputs) != 1 or operator.macs or operator.outputs[0] in work.kept:
+            continue
+        if all(name in codes or work.tensors[name].role == "parameter" for name in operator.inputs):
+            made = operator.outputs[0]
+            codes[made] = any(codes.get(name, work.tensors[name].dtype in _CODES) for name in operator.inputs)
+    owners: dict[int, int] = {}
+    for index, operator in reversed(list(enumerate(work.operators))):
+        if operator is None or not operator.outputs or operator.outputs[0] not in codes:
+            continue
+        readers = work.readers[operator.outputs[0]]
+        found = {owners.get(reader, reader) for reader in readers}
+        if len(found) == 1 and (codes[operator.outputs[0]] or any(reader in owners for reader in readers)):
+            owners[index] = found.pop()
+    parts: dict[int, list[int]] = {}
+    for index in sorted(owners):
+        parts.setdefault(owners[index], []).append(index)
+    for second, first in parts.items():
+        work.join_before(first, second)
 
 
 def _run_in_place(work: _Work, index: int) -> None:

@@ -55,6 +55,7 @@ _RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 )
 _VIEWS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"})
+_MOVES = _VIEWS | {"Transpose", "Cast"}
 
 
 def load_onnx(
@@ -143,6 +144,8 @@ class _Builder:
     storage: dict[str, str] = field(default_factory=dict)
     # Constants that count as parameters in the sense of training.
     learned: set[str] = field(default_factory=set)
+    # Values that are made of constant codes, which are no constants here.
+    decoded: set[str] = field(default_factory=set)
 
     def graph(self, name: str) -> Graph:
         """The unmerged graph, with its program where it can be run."""
@@ -215,11 +218,23 @@ class _Builder:
         candidates = []
         for index, node in enumerate(self.nodes):
             self.storage.update((value, value) for value in node.output if value)
+            if self._decodes(node):
+                # Evaluated in advance they would take the room that codes are there to save.
+                self.shapes.constants.discard(node.output[0])
+                self.decoded.add(node.output[0])
             if self._is_view(node, used):
                 self.storage[node.output[0]] = self.storage[node.input[0]]
             elif not all(value in self.shapes.constants for value in node.output if value):
                 candidates.append(index)
         return candidates
+
+    def _decodes(self, node: NodeProto) -> bool:
+        """Whether a node makes numbers of constant codes, or moves such numbers."""
+        if domain_of(node) != "" or len(node.output) != 1 or not node.input:
+            return False
+        if node.op_type == "DequantizeLinear":
+            return all(value in self.shapes.constants for value in reads(node))
+        return node.op_type in _MOVES and node.input[0] in self.decoded
 
     def _is_view(self, node: NodeProto, used: set[str]) -> bool:
         """Whether the node's output is its first input's bytes under another name."""

@@ -36,6 +36,8 @@ MOST_SESSIONS = 1024
 # What ONNX Runtime takes from NumPy; other elements (bfloat16, float8) pass as raw bytes of the same width.
 _NATIVE = frozenset({1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13})
 _RAW = {8: np.uint8, 16: np.uint16}
+# 4-bit integers are fed to an operator as bytes, by which DequantizeLinear computes the same.
+_WIDENED = {TensorProto.INT4: TensorProto.INT8, TensorProto.UINT4: TensorProto.UINT8}
 
 
 @dataclass
@@ -310,7 +312,9 @@ class OnnxProgram:
             kind = self._types[value]
             array = self._array(kind, data)
             fed.append(array)
-            if kind.element in _NATIVE:
+            if kind.element in _WIDENED:
+                given[value] = onnxruntime.OrtValue.ortvalue_from_numpy(_widened(kind, array))
+            elif kind.element in _NATIVE:
                 given[value] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
             elif ELEMENTS[kind.element][1] in _RAW:
                 given[value] = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, kind.element)
@@ -368,7 +372,9 @@ class OnnxProgram:
                     self._add_reshape(model, root, value)
                 else:
                     feeds[value] = root
-                    model.graph.input.append(value_info(value, self._types[value]))
+                    kind = self._types[value]
+                    kind = kind._replace(element=_WIDENED.get(kind.element, kind.element))
+                    model.graph.input.append(value_info(value, kind))
             added = model.graph.node.add()
             added.CopyFrom(node)
             self._take_in(added)
@@ -473,6 +479,12 @@ class OnnxProgram:
             return np.asarray([self._types[node.input[0]].elements], np.int64).view(np.uint8)
         bounds = {attribute.name: attribute.i for attribute in node.attribute}
         return np.asarray(shape[bounds.get("start") : bounds.get("end")], np.int64).view(np.uint8)
+
+
+def _widened(kind: ValueType, packed: Bytes) -> npt.NDArray[Any]:
+    """4-bit integers, two in a byte and the first in its lower half, as bytes."""
+    halves = np.stack([packed & 15, packed >> 4], 1).reshape(-1)[: kind.elements].reshape(kind.shape)
+    return ((halves ^ 8).view(np.int8) - np.int8(8)) if kind.element == TensorProto.INT4 else halves
 
 
 def output_arrays(program: OnnxProgram, storages: Mapping[str, Bytes]) -> dict[str, npt.NDArray[Any]]:

@@ -27,6 +27,7 @@ from retensor.quantizing.grids import (
 )
 from retensor.quantizing.layers import ActivationQuantizer, Learning, QuantizedLayer, fake_quantized, quantized_layer
 from retensor.quantizing.learners import AdaRound, RoundToNearest, WeightLearner
+from retensor.quantizing.onnx_file import WeightReport, quantize_onnx
 from retensor.quantizing.packing import pack, packed_bytes, unpack
 from retensor.quantizing.reconstruct import Fitting, Method, Reconstruction, UnitReport, reconstruct
 from retensor.quantizing.rounding import ESTIMATORS, rounded
@@ -57,6 +58,7 @@ __all__ = [
     "UnitReport",
     "Unrounded",
     "WeightLearner",
+    "WeightReport",
     "codebook",
     "fake_quantized",
     "find_units",
@@ -66,6 +68,7 @@ __all__ = [
     "pack",
     "packed_bytes",
     "powers_of_two",
+    "quantize_onnx",
     "quantized_layer",
     "reconstruct",
     "rounded",

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from retensor.errors import MissingExtraError, RetensorError
 from retensor.files import brief, described, write_atomic
 from retensor.graph.modes import evaluating
 from retensor.quantizing.layers import ActivationQuantizer, QuantizedLayer, called
+from retensor.quantizing.packing import pack
 from retensor.quantizing.samples import call_of
 from retensor.replacing.replace import copied, put
 
@@ -115,7 +117,7 @@ class _Weight(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = torch.ops.retensor.dequantized(self.codes, self.scale, self.zeros, self.axis, self.block)
-        return called(self.layer, x if self.inputs is None else self.inputs(x), weight)
+        return called(self.layer, x if self.inputs is None else self.inputs(x), weight.to(x.dtype))
 
 
 class _Activation(nn.Module):
@@ -205,8 +207,8 @@ def _narrow(proto: onnx.ModelProto, names: set[str]) -> None:
             # Tensors of equal values may be one in the file: what else looks at the zero points keeps its own.
             node.input[2] = f"{codes}.zero_point"
             if held[codes].data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8):
-                proto.graph.initializer.append(_four_bit(held[zeros], node.input[2]))
-                held[codes].CopyFrom(_four_bit(held[codes], codes))
+                proto.graph.initializer.append(four_bit(held[zeros], node.input[2]))
+                held[codes].CopyFrom(four_bit(held[codes], codes))
     used = {name for node in proto.graph.node for name in node.input} | {out.name for out in proto.graph.output}
     for tensor in held.values():
         if tensor.name not in used:
@@ -217,7 +219,9 @@ def _narrow(proto: onnx.ModelProto, names: set[str]) -> None:
         part.doc_string = ""
 
 
-def _four_bit(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:
+def four_bit(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:
+    """A tensor of bytes as one of 4-bit integers, two in a byte, the first in its lower half."""
     values = onnx.numpy_helper.to_array(tensor)
     kind = onnx.TensorProto.INT4 if values.dtype.kind == "i" else onnx.TensorProto.UINT4
-    return onnx.helper.make_tensor(name, kind, values.shape, values.reshape(-1).tolist())
+    halves = torch.from_numpy(values.reshape(-1).astype(np.int16) & 15).to(torch.uint8)
+    return onnx.helper.make_tensor(name, kind, values.shape, pack(halves, 4).numpy().tobytes(), raw=True)
