@@ -70,8 +70,28 @@ def held(
     return [x[:cut], y[:cut], x[cut:], y[cut:]]
 
 
-def in_fp4(model: nn.Module, recipe: fp4.Recipe | None, task: str) -> nn.Module:
-    return model if recipe is None else fp4.convert(model, recipe, include=HIDDEN[task])
+BF16 = "bfloat16"
+"""The recipe of mixed precision: products in bfloat16, parameters and losses in float32."""
+Way = fp4.Recipe | str | None
+
+
+class Mixed(nn.Module):
+    """A model under autocast."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.model(x).float()
+
+
+def in_fp4(model: nn.Module, recipe: Way, task: str) -> nn.Module:
+    """A task's network by a recipe: in 4 bits, in bfloat16, or as it is."""
+    if isinstance(recipe, fp4.Recipe):
+        return fp4.convert(model, recipe, include=HIDDEN[task])
+    return model if recipe is None else Mixed(model)
 
 
 def fitted(
@@ -93,7 +113,7 @@ def fitted(
     return sum(tail) / len(tail)
 
 
-def digits(recipe: fp4.Recipe | None, seed: int, rate: float = RATE, tuning: bool = False) -> dict[str, float]:
+def digits(recipe: Way, seed: int, rate: float = RATE, tuning: bool = False) -> dict[str, float]:
     """64-128-128-128-10 on digits, 12 epochs."""
     data = rt.data.digits()
     x, y, x_test, y_test = held(data.x.flatten(1), data.y, (data.x_test.flatten(1), data.y_test), tuning)
@@ -108,7 +128,7 @@ def digits(recipe: fp4.Recipe | None, seed: int, rate: float = RATE, tuning: boo
     return {"loss": train, "test": test, "accuracy": rt.data.accuracy(model, x_test, y_test)}
 
 
-def diabetes(recipe: fp4.Recipe | None, seed: int, rate: float = RATE, tuning: bool = False) -> dict[str, float]:
+def diabetes(recipe: Way, seed: int, rate: float = RATE, tuning: bool = False) -> dict[str, float]:
     """A regression of the progress of 442 patients, in units of its standard deviation."""
     from sklearn.datasets import load_diabetes
     from sklearn.model_selection import train_test_split
@@ -134,7 +154,7 @@ def diabetes(recipe: fp4.Recipe | None, seed: int, rate: float = RATE, tuning: b
         return {"loss": float(squares(model, x, y)), "test": float(squares(model, x_test, y_test))}
 
 
-def vit(recipe: fp4.Recipe | None, seed: int, rate: float = RATE, tuning: bool = False) -> dict[str, float]:
+def vit(recipe: Way, seed: int, rate: float = RATE, tuning: bool = False) -> dict[str, float]:
     """A vision transformer of two blocks on digits."""
     data = rt.data.digits()
     x, y, x_test, y_test = held(data.x, data.y, (data.x_test, data.y_test), tuning)
@@ -156,7 +176,7 @@ def text() -> tuple[torch.Tensor, int]:
     return torch.tensor([letters[letter] for letter in whole]), len(letters)
 
 
-def letters(recipe: fp4.Recipe | None, seed: int, rate: float = RATE, tuning: bool = False) -> dict[str, float]:
+def letters(recipe: Way, seed: int, rate: float = RATE, tuning: bool = False) -> dict[str, float]:
     """A language model of letters; the last tenth of the text is for testing."""
     ids, count = text()
     rows = ids[: len(ids) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
@@ -176,7 +196,7 @@ def letters(recipe: fp4.Recipe | None, seed: int, rate: float = RATE, tuning: bo
         return {"loss": last, "test": float(next_letter(model, x_test, y_test))}
 
 
-def moons(recipe: fp4.Recipe | None, seed: int, rate: float = RATE, tuning: bool = False) -> dict[str, float]:
+def moons(recipe: Way, seed: int, rate: float = RATE, tuning: bool = False) -> dict[str, float]:
     """A diffusion model that tells the noise on points of two moons (scikit-learn's)."""
     from sklearn.datasets import make_moons
 
@@ -207,12 +227,10 @@ TASKS: dict[str, Callable[..., dict[str, float]]] = {
 }  # fmt: skip
 
 
-def trained(
-    task: str, recipe: fp4.Recipe | None, seed: int, rate: float = RATE, tuning: bool = False
-) -> dict[str, float]:
+def trained(task: str, recipe: Way, seed: int, rate: float = RATE, tuning: bool = False) -> dict[str, float]:
     """One training; a loss that is not finite makes no figures but the loss."""
     try:
-        return TASKS[task](None if recipe is None else recipe.seeded(seed), seed, rate, tuning)
+        return TASKS[task](recipe.seeded(seed) if isinstance(recipe, fp4.Recipe) else recipe, seed, rate, tuning)
     except FloatingPointError:
         return {"loss": float("inf"), "test": float("inf"), "accuracy": 0.1}
 

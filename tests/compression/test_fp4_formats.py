@@ -92,25 +92,15 @@ def test_quantising_is_encoding_and_decoding_at_any_shape(
     assert len(pack(kept.codes, 4)) == -(-padded // 2)
 
 
-@pytest.mark.parametrize("format", [CEIL, IDEAL, fp4.Format(scale="e8m0", block=32)], ids=str)
-def test_what_was_encoded_encodes_to_the_same_values(format: fp4.Format) -> None:
-    y = fp4.quantize(normal(64, 256), format)
-    again = fp4.encode(y, format)
-    assert torch.equal(again.decode(), y)
-    assert torch.equal(fp4.encode(again.decode(), format).codes, again.codes)
-
-
-def test_scales_rounded_to_the_nearest_settle_after_being_encoded_again() -> None:
-    # A largest number that saturated at 6 is 6 times its scale, which is a code: the same comes out from then on.
-    for format in (E4M3, UE5M3):
-        y = fp4.quantize(normal(64, 256), format)
-        kept = fp4.encode(y, format)
-        for _ in range(3):
-            again = fp4.encode(kept.decode(), format)
-            if torch.equal(again.codes, kept.codes) and torch.equal(again.scales, kept.scales):
-                break
-            kept = again
-        assert torch.equal(again.decode(), kept.decode())
+@pytest.mark.parametrize("format", [CEIL, FLOOR, fp4.MXFP4, IDEAL, E4M3, UE5M3, E4M3_TS, fp4.UE5M3], ids=str)
+def test_what_was_encoded_encodes_to_the_same(format: fp4.Format) -> None:
+    kept = fp4.encode(normal(64, 256), format)
+    again = fp4.encode(kept.decode(), format)
+    assert torch.equal(again.decode(), kept.decode())
+    if format.rule != "ceil":
+        # There the largest code may be 3, and is 6 of half the scale.
+        assert torch.equal(again.codes, kept.codes)
+        assert torch.equal(again.scales, kept.scales)
 
 
 def test_signal_to_noise_by_scale_format() -> None:
@@ -125,6 +115,17 @@ def test_signal_to_noise_by_scale_format() -> None:
     assert found["floor"] == pytest.approx(18.6, abs=0.06)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_heavy_tails_suit_precise_scales_and_a_rotation_gives_that_away(seed: int) -> None:
+    # By the largest few of a million numbers, the ratio differs from draw to draw: 21.0 to 21.6 for ideal scales.
+    heavy = torch.from_numpy(np.random.default_rng(seed).standard_t(3, (4096, 256))).float()
+    found = [sqnr(heavy, format) for format in (IDEAL, UE5M3, E4M3, CEIL, FLOOR)]
+    assert found == pytest.approx([21.1, 20.9, 20.9, 17.6, 17.5], abs=0.2)
+    # Rotated they are nearly normal: worse for elements whose steps grow, better for scales of one bit.
+    turned = fp4.rotate(heavy, 256, seed=seed)
+    assert [sqnr(turned, format) for format in (UE5M3, CEIL)] == pytest.approx([20.4, 18.95], abs=0.15)
+
+
 def test_range_decides_which_blocks_are_lost() -> None:
     sizes = (4 * normal(20_000, 1)).exp() * 1e-6
     x = normal(20_000, 16, seed=1) * sizes
@@ -134,10 +135,11 @@ def test_range_decides_which_blocks_are_lost() -> None:
         return float((fp4.quantize(x, format) == 0).all(1).float().mean())
 
     assert lost("e8m0") == 0
-    assert lost("e4m3") > 0.9
-    assert lost("e4m3") > lost("ue5m3") > 0.5
-    assert lost("e4m3", True) > 0.5
-    assert lost("ue5m3", True) < 0.1
+    # Of 20,000 blocks, a third of a point either way. With a scale of the tensor, the largest block moves it.
+    assert lost("e4m3") == pytest.approx(0.97, abs=0.01)
+    assert lost("ue5m3") == pytest.approx(0.73, abs=0.01)
+    assert lost("e4m3", True) == pytest.approx(0.78, abs=0.12)
+    assert lost("ue5m3", True) == pytest.approx(0.025, abs=0.025)
 
 
 def test_stochastic_rounding_is_right_in_the_mean_and_follows_its_generator() -> None:
@@ -162,7 +164,7 @@ def test_zeros_bad_numbers_and_tiny_ones_stay_in_their_block() -> None:
     x[0, :16] = 0
     x[1, 3] = math.nan
     x[1, 40] = math.inf
-    for format in (fp4.UE5M3, fp4.Format(scale="e8m0", block=16), IDEAL):
+    for format in (fp4.Format(scale=scale) for scale in fp4.format.SCALES):
         y = fp4.quantize(x, format)
         assert not y[0].isnan().any()
         assert not y[0, :16].any()
@@ -191,6 +193,7 @@ def test_types_of_16_bits_are_quantised_in_float32() -> None:
         (lambda: fp4.Format(element="e9m9"), ValueError, "element format is 'e9m9'; formats are e2m1"),
         (lambda: fp4.Format(element="e8m0"), ValueError, "element format is 'e8m0'"),
         (lambda: fp4.Format(scale="fp8"), ValueError, "scale format is 'fp8'; formats are .*ue5m3.*float32"),
+        (lambda: fp4.Format(scale="e2m3"), ValueError, "scale format is 'e2m3'; formats are e4m3, e5m2"),
         (lambda: fp4.Format(block=0), ValueError, "at least one number, not 0"),
         (lambda: fp4.Format(scale="e8m0", tensor_scale=True), ValueError, "e8m0 have all the range"),
         (lambda: fp4.Format(tensor_scale="two"), ValueError, "True, False or 'power'"),  # type: ignore[arg-type]

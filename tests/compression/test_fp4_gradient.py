@@ -105,6 +105,26 @@ def test_passed_straight_the_largest_number_gets_the_residual() -> None:
     assert torch.allclose(added.gather(-1, first)[..., 0], share * blocks.gather(-1, first)[..., 0].sign(), atol=1e-6)
 
 
+@pytest.mark.parametrize("format", [fp4.UE5M3, fp4.NVFP4, fp4.Format(), fp4.Format(scale="e8m0")], ids=str)
+def test_passed_straight_it_is_what_autograd_makes_of_straight_roundings(format: fp4.Format) -> None:
+    # Scales of the tensor and of blocks, the residual and the ends of both: autograd knows nothing of the formula.
+    x = torch.randn(6, 32, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    g = torch.randn(6, 32, generator=torch.Generator().manual_seed(4))
+    fp4.quantize(x, format, scale_grad="ste").backward(g)
+    z = x.detach().double().view(6, 2, 16).requires_grad_()
+    s = z.abs().amax(-1) / 6
+    s_t = s.amax() / format.blocks.scale.largest if format.tensor_scale else torch.ones(())
+    sizes, _ = format.blocks.sizes(z.detach().abs().amax(-1).float())
+    s_q = s_t * (s / s_t + (sizes / s_t - s / s_t).detach())
+    u = z / s_q[..., None]
+    out = s_q[..., None] * (u + (GRIDS["e2m1"].round(u) - u).detach())
+    out.backward(g.view(6, 2, 16).double())
+    assert x.grad is not None
+    assert z.grad is not None
+    assert not torch.equal(x.grad, g)
+    assert torch.allclose(x.grad.view(6, 2, 16).double(), z.grad, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("q_grad", fp4.ESTIMATORS)
 @pytest.mark.parametrize(
     "format", [fp4.Format(scale="e8m0"), fp4.UE5M3, fp4.NVFP4, fp4.Format(scale="float32")], ids=str
@@ -140,6 +160,11 @@ def test_zero_and_lost_blocks_pass_a_finite_gradient() -> None:
             x.grad = None
             fp4.quantize(x, fp4.Format(scale=scale), scale_grad=scale_grad).sum().backward()
             assert torch.equal(x.grad, torch.ones(2, 16))  # type: ignore[arg-type]
+    for shape in ((0, 16), (3, 0)):
+        nothing = torch.zeros(shape, requires_grad=True)
+        fp4.quantize(nothing, fp4.UE5M3, q_grad="dge", scale_grad="ste").sum().backward()
+        assert nothing.grad is not None
+        assert nothing.grad.shape == shape
     small = torch.full((1, 16), 1e-9, requires_grad=True)
     fp4.quantize(small, fp4.Format(scale="e4m3"), scale_grad="relaxed").sum().backward()
     assert torch.isfinite(small.grad).all()  # type: ignore[arg-type]

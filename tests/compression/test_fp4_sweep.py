@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -144,6 +145,15 @@ def test_the_frontier_is_what_no_point_beats(points: list[tuple[int, int]]) -> N
     assert front == brute
 
 
+def test_points_are_named_by_what_is_on() -> None:
+    settings = {
+        "scale": "ue5m3", "tensor_scale": True, "block": 16, "hadamard": {"wgrad": 16}, "q_grad": "ste",
+        "scale_grad": "ste", "outlier": None,
+    }  # fmt: skip
+    (point,) = fp4.Sweep((fp4.Run("t", settings, 0, {"overhead": 1.0, "loss": 1.0}),)).points()
+    assert point.name == "ue5m3, tensor_scale, block 16, hadamard wgrad 16, scale_grad ste"
+
+
 def test_the_frontier_is_drawn(tmp_path: Path) -> None:
     found = fp4.sweep(train, GRID, [0, 1], cost=cost)
     for name in ("a.svg", "b.png"):
@@ -157,6 +167,20 @@ def test_the_frontier_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "a.svg").read_bytes() == before
     with pytest.raises(ValueError, match=r"neither .svg nor .png"):
         found.plot(tmp_path / "a.pdf")
+
+
+def test_long_names_stay_in_the_picture(tmp_path: Path) -> None:
+    image = pytest.importorskip("matplotlib.image")
+    settings = {
+        "element": "e2m1", "scale": "ue5m3", "tensor_scale": True, "block": 16, "rounding_bwd": "stochastic",
+        "hadamard": dict.fromkeys(fp4.GEMMS, 16), "q_grad": "linear", "scale_grad": "relaxed", "outlier": 0.999,
+    }  # fmt: skip
+    found = fp4.Sweep((fp4.Run("t", settings, 0, {"overhead": 0.1, "loss": 1.2345}),))
+    found.plot(tmp_path / "a.png")
+    edge = image.imread(tmp_path / "a.png")[:, -8:]
+    assert (edge == edge[0, 0]).all()
+    found.plot(tmp_path / "a.svg")
+    assert "1.234" in (tmp_path / "a.svg").read_text()
 
 
 def test_loss_scaling_by_a_power_of_two_changes_nothing_and_clipping_bounds_the_norm() -> None:
@@ -211,11 +235,30 @@ def test_without_spikes_the_optimizer_is_adamw_and_spikes_are_cut() -> None:
     assert ours == theirs
     spiky: list[Any] = [*calm, 1e6]
     one, other = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
-    made = fp4.SpikeAwareAdamW([one], lr=0.1, threshold=100.0)
+    made = fp4.SpikeAwareAdamW([one], lr=0.1, threshold=100.0, accumulate=4)
     step_with(made, one, spiky)
     plain = torch.optim.AdamW([other], lr=0.1)
     step_with(plain, other, spiky)
     assert float(plain.state[other]["exp_avg_sq"]) > 1e6 * float(made.state[one]["exp_avg_sq"])
+
+
+def test_nothing_is_cut_before_moments_have_seen_some_gradients() -> None:
+    # After one gradient of 1 the second moment is 0.001, and 5000 times that is less than the square of 3.
+    growing = [1.0, 3.0, 9.0, 5.0, 5.0, 5.0]
+    one, other = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    ours = step_with(fp4.SpikeAwareAdamW([one], lr=0.1), one, growing)
+    assert ours == step_with(torch.optim.AdamW([other], lr=0.1), other, growing)
+    one = nn.Parameter(torch.ones(1))
+    assert ours != step_with(fp4.SpikeAwareAdamW([one], lr=0.1, accumulate=0), one, growing)
+    # The same after a reset: 4 steps on, nothing is cut for 3 steps.
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = fp4.SpikeAwareAdamW([weight], lr=0.0, threshold=1.0, reset=4, accumulate=3)
+    cut = []
+    for _ in range(8):
+        weight.grad = torch.ones(1)
+        optimizer.step()
+        cut.append(weight.grad.item() < 1)
+    assert cut == [False, False, False, True] * 2
 
 
 def test_moments_are_forgotten_and_the_rate_rises_again() -> None:
@@ -227,6 +270,13 @@ def test_moments_are_forgotten_and_the_rate_rises_again() -> None:
     rise = [0.5 - 0.5 * math.cos(math.pi * (i + 1) / 4) for i in range(3)]
     assert moves == pytest.approx([1, 1, 1, *rise, *rise], abs=1e-3)
     assert optimizer.param_groups[0]["lr"] == 0.1
-    for options in ({"threshold": 0.0}, {"reset": -1}, {"warmup": 1.5}):
+    # What is kept goes on as if it had not stopped.
+    first, again = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    halves = [fp4.SpikeAwareAdamW([one], lr=0.1, reset=3, warmup=4, weight_decay=0.0) for one in (first, again)]
+    step_with(halves[0], first, [1.0] * 5)
+    halves[1].load_state_dict(copy.deepcopy(halves[0].state_dict()))
+    again.data.copy_(first.data)
+    assert step_with(halves[1], again, [1.0] * 4) == path[-4:]
+    for options in ({"threshold": 0.0}, {"reset": -1}, {"warmup": 1.5}, {"accumulate": True}):
         with pytest.raises(ValueError, match="is a number"):
             fp4.SpikeAwareAdamW([weight], **options)  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ from retensor.compression.fp4.format import MXFP4, NVFP4, UE5M3, Format
 from retensor.compression.fp4.gradient import ESTIMATORS, SCALE_GRADIENTS, pullback, slope_of
 from retensor.compression.fp4.hadamard import rotate, unrotate
 from retensor.compression.fp4.layers import FP4Conv1D, FP4Conv2d, FP4Linear, convert, matmul
-from retensor.compression.fp4.overhead import OperandCost, Overhead, overhead, product_overhead
+from retensor.compression.fp4.overhead import SLOPE_OPERATIONS, OperandCost, Overhead, overhead, product_overhead
 from retensor.compression.fp4.quantize import encode, quantize
 from retensor.compression.fp4.recipe import GEMMS, OPERANDS, Recipe
 from retensor.compression.fp4.sweep import Run, Sweep, configurations, sweep
@@ -42,6 +42,7 @@ __all__ = [
     "NVFP4",
     "OPERANDS",
     "SCALE_GRADIENTS",
+    "SLOPE_OPERATIONS",
     "UE5M3",
     "FP4Conv1D",
     "FP4Conv2d",

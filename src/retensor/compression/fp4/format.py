@@ -12,7 +12,8 @@ from retensor.quantizing import GRIDS, UNROUNDED, Blocks
 from retensor.quantizing.blocks import ScaleRule
 
 ELEMENTS = tuple(name for name, grid in GRIDS.items() if grid.least < 0)
-SCALES = (*GRIDS, *UNROUNDED)
+# A scale that can be NaN carries what is not finite in its block; without one it would be lost.
+SCALES = (*(name for name, grid in GRIDS.items() if grid.not_a_number is not None), *UNROUNDED)
 
 
 @dataclass(frozen=True)

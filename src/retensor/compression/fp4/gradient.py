@@ -62,9 +62,7 @@ def slope_of(u: torch.Tensor, grid: Grid, estimator: Estimator, temperature: flo
         return None
     if estimator == "clipped" or estimator == "dge":
         return slope(u, grid, estimator)
-    values = torch.tensor(
-        sorted({v for v in grid.values if math.isfinite(v)}), dtype=u.dtype, device=u.device
-    )  # fmt: skip
+    values = torch.tensor(sorted({v for v in grid.values if math.isfinite(v)}), dtype=u.dtype, device=u.device)
     lower = (torch.bucketize(u.detach().contiguous(), values, right=True) - 1).clamp(0, len(values) - 2)
     off = (u - values[lower]) / (values[lower + 1] - values[lower]) - 0.5
     inside = ((u >= grid.least) & (u <= grid.largest)).to(u.dtype)
@@ -152,7 +150,7 @@ def quantizer_gradient(
     temperature: float = 0.5,
 ) -> torch.Tensor:
     """:func:`pullback` of a :class:`Format` along an axis of tensors that are not cut into blocks."""
-    if q_grad == "ste" and scale_grad == "none":
+    if (q_grad == "ste" and scale_grad == "none") or not x.numel():
         return grad
     blocks = format.blocks
     dim %= x.ndim

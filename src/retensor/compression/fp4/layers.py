@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import parametrize
 
 from retensor.compression.fp4.product import Turn, product, unfolded
 from retensor.compression.fp4.recipe import Recipe
@@ -23,12 +24,23 @@ class _FP4(Replacement):
     recipe: Recipe
     calls: int
 
-    def _turn(self) -> Turn:
-        turn = Turn(self.recipe, self.recipe.seed, self.calls)
-        # Only training draws anew, so that a model in eval mode is a function.
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self.calls += 1
-        return turn
+    def _product(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """Rows with the weight; only training draws anew, so that a model in eval mode is a function."""
+        if not x.is_floating_point():
+            raise TypeError(f"a layer in 4 bits takes a tensor of floating point, not of {x.dtype}")
+        if x.shape[-1] != w.shape[-1]:
+            raise ValueError(f"rows of {x.shape[-1]} numbers came to a {type(self).__name__} of {w.shape[-1]} inputs")
+        if not self.training or not torch.is_grad_enabled() or not self.recipe.draws or torch.compiler.is_exporting():
+            return product(x, w, Turn(self.recipe, self.recipe.seed, self.calls))
+        # A count that was compiled in would make every step's draws the same.
+        return self._uncompiled(x, w) if torch.compiler.is_dynamo_compiling() else self._drawn(x, w)
+
+    def _drawn(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return product(x, w, Turn(self.recipe, self.recipe.seed, self.calls))
+
+    # As torch.compiler.disable, which would load the compiler, seconds, for those who do not compile.
+    _uncompiled = torch._disable_dynamo(_drawn)
 
     def _take(self, layer: nn.Module) -> Self:
         """The parameters of a layer themselves, so that what shares them goes on sharing."""
@@ -64,9 +76,9 @@ class FP4Linear(_FP4, nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Of shape (..., out) from (..., in)."""
-        out = product(input.reshape(-1, input.shape[-1]), self.weight, self._turn())
+        out = self._product(input.reshape(-1, input.shape[-1]), self.weight)
         out = out if self.bias is None else out + self.bias
-        return _cast(out, input).unflatten(0, input.shape[:-1]) if input.ndim != 2 else _cast(out, input)
+        return _cast(out, input).reshape(*input.shape[:-1], self.out_features)
 
     def config(self) -> dict[str, Any]:
         """Sizes and the recipe."""
@@ -104,7 +116,7 @@ class FP4Conv1D(_FP4):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Of shape (..., out) from (..., in)."""
-        out = product(x.reshape(-1, x.shape[-1]), self.weight.T, self._turn()) + self.bias
+        out = self._product(x.reshape(-1, x.shape[-1]), self.weight.T) + self.bias
         return _cast(out, x).reshape(*x.shape[:-1], self.nf)
 
     def config(self) -> dict[str, Any]:
@@ -159,10 +171,10 @@ class FP4Conv2d(_FP4, nn.Conv2d):
         if groups > 1:
             # A group is a product of its own.
             rows = rows.unflatten(1, (groups, -1)).transpose(0, 1)
-            out = product(rows, self.weight.flatten(1).unflatten(0, (groups, -1)), self._turn())
+            out = self._product(rows, self.weight.flatten(1).unflatten(0, (groups, -1)))
             out = out.transpose(0, 1).flatten(1)
         else:
-            out = product(rows, self.weight.flatten(1), self._turn())
+            out = self._product(rows, self.weight.flatten(1))
         out = out if self.bias is None else out + self.bias
         high, wide = (
             (x.shape[2 + i] + 2 * pad - self.dilation[i] * (self.kernel_size[i] - 1) - 1) // self.stride[i] + 1
@@ -224,7 +236,8 @@ def convert(
     TypeError
         Where ``recipe`` is none.
     ValueError
-        Where no layer is meant, or one cannot be replaced.
+        Where no layer is meant, or one cannot be replaced: its weight is parametrized, or its class has a ``forward``
+        of its own.
 
     Examples
     --------
@@ -252,6 +265,9 @@ def convert(
             f"no linear layer or convolution of the {type(model).__name__} is meant by include={list(include)!r} "
             f"and exclude={list(exclude)!r}; see model.named_modules() for names"
         )
+
+    for name, module in chosen.items():
+        _check_plain(name, module)
 
     def maker(name: str) -> Any:
         return lambda layer: _made(layer, recipe.seeded(zlib.crc32(f"{recipe.seed}:{name}".encode())))
@@ -297,7 +313,7 @@ def matmul(a: torch.Tensor, b: torch.Tensor, recipe: Recipe, *, call: int = 0) -
 
 def _cast(out: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
     """An output of the type that a plain layer would have: autocast's, where that is on."""
-    if torch.is_autocast_enabled(input.device.type):
+    if input.device.type != "meta" and torch.is_autocast_enabled(input.device.type):
         return out.to(torch.get_autocast_dtype(input.device.type))
     return out
 
@@ -321,6 +337,22 @@ def _made(layer: nn.Module, recipe: Recipe) -> nn.Module:
         else:
             made = FP4Conv1D(layer.weight.shape[1], layer.weight.shape[0], recipe=recipe)
     return made._take(layer)
+
+
+def _check_plain(name: str, layer: nn.Module) -> None:
+    """Refuse a layer that computes something else than its kind, which a new one would drop without a word."""
+    if parametrize.is_parametrized(layer):
+        raise ValueError(
+            f"the tensors of '{name}' are parametrized; bake that in by "
+            "torch.nn.utils.parametrize.remove_parametrizations, or exclude the layer"
+        )
+    kinds = (nn.Linear, nn.Conv2d)
+    if (
+        not isinstance(layer, _FP4)
+        and not _is_conv1d(layer)
+        and all(type(layer).forward is not k.forward for k in kinds)
+    ):
+        raise ValueError(f"'{name}' is a {type(layer).__name__}, which has a forward of its own; exclude it")
 
 
 def _is_conv1d(layer: nn.Module) -> bool:

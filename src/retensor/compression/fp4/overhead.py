@@ -9,6 +9,8 @@ scale (E) and rounded (E). On top of that
 - stochastic rounding takes E random numbers;
 - the gradient of scales takes a subtraction, a multiplication and an addition for each number of the forward operands
   (the residual, and its projection), and reads them again in the backward pass;
+- slopes of elements other than 1 take so many operations for each number of their operand as
+  :data:`SLOPE_OPERATIONS` says, and read it again;
 - outliers take a selection of the quantile, 2 E comparisons and E subtractions, and a sparse product of
   :math:`2 (1 - \alpha) M N K` operations forward and for each of both gradients.
 """
@@ -23,11 +25,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from retensor.compression.fp4.gradient import Estimator
 from retensor.compression.fp4.layers import FP4Conv1D, FP4Conv2d, FP4Linear, convert
 from retensor.compression.fp4.recipe import GEMMS, OPERANDS, Recipe
 from retensor.graph.modes import evaluating
 from retensor.replacing.match import Pattern
 from retensor.replacing.replace import copied
+
+SLOPE_OPERATIONS: dict[Estimator, int] = {"ste": 0, "clipped": 4, "dge": 14, "tanh": 14, "linear": 12}
+"""For a number: division by the scale, two comparisons with the grid's ends, the slope within a cell, whose ends are
+looked up, and the product with the gradient; a power or a tanh counted as one."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,8 @@ class OperandCost:
         Random numbers.
     gradient_operations : int
         Of the gradient of scales.
+    slope_operations : int
+        Of the slopes of elements.
     outlier_operations : int
         Comparisons and subtractions; without the sparse product, which is the product's.
     passes : int
@@ -65,6 +74,7 @@ class OperandCost:
     hadamard_products: int
     randoms: int
     gradient_operations: int
+    slope_operations: int
     outlier_operations: int
     passes: int
     bits: float
@@ -74,7 +84,7 @@ class OperandCost:
         """All of them, a random number counted as one."""
         return (
             self.comparisons + self.divisions + self.roundings + self.hadamard_adds + self.hadamard_products
-            + self.randoms + self.gradient_operations + self.outlier_operations
+            + self.randoms + self.gradient_operations + self.slope_operations + self.outlier_operations
         )  # fmt: skip
 
 
@@ -216,14 +226,12 @@ def overhead(
     found: list[Overhead] = []
 
     def told(name: str) -> Any:
-        def hook(layer: Any, arguments: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        def hook(layer: Any, arguments: Any, out: torch.Tensor) -> None:
             batch, n, k = 1, layer.weight.shape[0], prod(layer.weight.shape[1:])
+            k, n = layer.weight.shape if isinstance(layer, FP4Conv1D) else (k, n)
+            m = out.numel() // n
             if isinstance(layer, FP4Conv2d):
                 batch, n = layer.groups, n // layer.groups
-                m = out.numel() // layer.out_channels
-            else:
-                k, n = layer.weight.shape if isinstance(layer, FP4Conv1D) else (k, n)
-                m = arguments[0].numel() // k
             found.append(product_overhead(m, n, k, layer.recipe, batch=batch, layer=name))
 
         return hook
@@ -249,7 +257,9 @@ def _operand(operand: str, rows: int, length: int, recipe: Recipe, layer: str) -
         return None
     elements = rows * _filled(_filled(length, size or 1), format.block) if format else raw
     codes = elements if format else 0
-    again = format is not None and product == "fwd" and recipe.scale_grad != "none"
+    slope = recipe.estimator(operand) if format is not None and product == "fwd" else "ste"
+    scale = format is not None and product == "fwd" and recipe.scale_grad != "none"
+    again = scale or slope != "ste"
     scaled = format is not None and bool(format.tensor_scale)
     return OperandCost(
         layer,
@@ -261,7 +271,8 @@ def _operand(operand: str, rows: int, length: int, recipe: Recipe, layer: str) -
         hadamard_adds=rotated * (size.bit_length() - 1) if size else 0,
         hadamard_products=2 * rotated,
         randoms=codes if recipe.rounding(operand) == "stochastic" else 0,
-        gradient_operations=3 * elements if again else 0,
+        gradient_operations=3 * elements if scale else 0,
+        slope_operations=SLOPE_OPERATIONS[slope] * elements,
         outlier_operations=4 * raw if clamps else 0,
         passes=1 + scaled + again + clamps,
         bits=format.bits_per_element(raw) * elements / raw if format else 32.0,

@@ -55,7 +55,7 @@ def plot_frontier(
     from matplotlib.figure import Figure
 
     ink = INK[dark]
-    names = [f"{i}  {legible(point.name, 74)}: {point.y:.4g}" for i, point in enumerate(front, 1)]
+    names = [f"{i}  {point.y:.4g}  {legible(point.name, 66)}" for i, point in enumerate(front, 1)]
     height = max(5.2, 1.6 + 0.24 * len(names))
     with matplotlib.rc_context(style()):
         figure = Figure(figsize=(12, height), dpi=100, facecolor=ink["page"])

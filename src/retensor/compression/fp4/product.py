@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,7 @@ class Turn:
         check_input(x, format, dim)
         rounding = self.recipe.rounding(operand)
         generator = None
-        if rounding == "stochastic":
+        if rounding == "stochastic" and x.device.type != "meta":
             place = (self.seed * 2**32 + self.call) * len(OPERANDS) + OPERANDS.index(operand)
             generator = torch.Generator(x.device).manual_seed(_mixed(place))
         return format.blocks.round(x, dim, rounding, generator)
@@ -61,30 +62,43 @@ def product(x: torch.Tensor, w: torch.Tensor, turn: Turn) -> torch.Tensor:
     kind = torch.promote_types(x.dtype, w.dtype)
     wide = torch.promote_types(kind, torch.float32)
     # The product of an element and a scale has more bits than a type of 16 bits keeps.
-    with torch.autocast(x.device.type, enabled=False):
+    with _no_autocast(x.device):
         a, b = x.to(wide), w.to(wide)
         if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
             out: torch.Tensor = _Product.apply(a, b, turn)
         else:
-            out = _forward(a, b, turn)[0]
+            out = _forward(a, b, turn, _limit(a, turn.recipe.outlier))[0]
     return out.to(kind)
 
 
-def _forward(x: torch.Tensor, w: torch.Tensor, turn: Turn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast switched off; torch has none on the meta device."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def _forward(
+    x: torch.Tensor, w: torch.Tensor, turn: Turn, limit: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The product, and both operands as it read them."""
-    kept, cut = _clamped(x, turn.recipe.outlier)
+    kept, cut = _clamped(x, limit)
     left = turn.quantized(turn.rotated(kept, "fwd", -1), "fwd.x", -1)
     right = turn.quantized(turn.rotated(w, "fwd", -1), "fwd.w", -1)
     out = left @ right.mT
     return (out if cut is None else out + cut @ w.mT), left, right
 
 
-def _clamped(x: torch.Tensor, quantile: float | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Activations clamped to a quantile of their absolute values, and what was cut off, nearly all of it zero."""
+def _limit(x: torch.Tensor, quantile: float | None) -> torch.Tensor | None:
+    """The quantile of absolute values beyond which activations are outliers."""
     if quantile is None or not x.numel():
-        return x, None
+        return None
     sizes = x.detach().abs().flatten()
-    limit = sizes.kthvalue(min(len(sizes), int(quantile * len(sizes)) + 1)).values
+    return sizes.kthvalue(min(len(sizes), int(quantile * len(sizes)) + 1)).values
+
+
+def _clamped(x: torch.Tensor, limit: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Activations clamped to a limit, and what was cut off, nearly all of it zero."""
+    if limit is None:
+        return x, None
     kept = torch.maximum(torch.minimum(x, limit), -limit)
     return kept, x - kept
 
@@ -92,8 +106,9 @@ def _clamped(x: torch.Tensor, quantile: float | None) -> tuple[torch.Tensor, tor
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, turn: Turn) -> torch.Tensor:
-        out, left, right = _forward(x, w, turn)
-        ctx.turn = turn
+        limit = _limit(x, turn.recipe.outlier)
+        out, left, right = _forward(x, w, turn, limit)
+        ctx.turn, ctx.limit = turn, limit
         # Backward goes by the gradients of the quantisers, which need what these made only where they are not 1.
         slopes = {turn.recipe.estimator("fwd.x"), turn.recipe.estimator("fwd.w")}
         estimated = slopes != {"ste"} or turn.recipe.scale_grad != "none"
@@ -106,9 +121,9 @@ class _Product(torch.autograd.Function):
         x, w, *made = ctx.saved_tensors
         turn: Turn = ctx.turn
         left, right = made or (None, None)
-        kept, cut = _clamped(x, turn.recipe.outlier)
+        kept, cut = _clamped(x, ctx.limit)
         dx = dw = None
-        with torch.autocast(grad.device.type, enabled=False):
+        with _no_autocast(grad.device):
             grad = grad.to(x.dtype)
             if ctx.needs_input_grad[0]:
                 dy = turn.quantized(turn.rotated(grad, "dgrad", -1), "dgrad.dy", -1)

@@ -35,7 +35,7 @@ def quantize(
     Parameters
     ----------
     x : torch.Tensor
-        Floating point.
+        Floating point; computed in float32.
     format : Format
     dim : int
         The axis that blocks lie along: the one that the product sums over.
@@ -49,7 +49,8 @@ def quantize(
     Returns
     -------
     torch.Tensor
-        Of the shape and type of ``x``. A block whose scale is rounded to zero is zero.
+        Of the shape and type of ``x``. A block whose scale is rounded to zero is zero. An element times a scale with a
+        tensor's scale has more bits than a type of 16 bits keeps: give float32 where the numbers have to be exact.
 
     Raises
     ------

@@ -127,6 +127,11 @@ class Recipe:
         """What stands for the slope of the rounding of a forward operand."""
         return self.q_grad_x if operand == "fwd.x" and self.q_grad_x is not None else self.q_grad
 
+    @property
+    def draws(self) -> bool:
+        """Whether any operand is rounded at random."""
+        return any(self.format(one) is not None and self.rounding(one) == "stochastic" for one in OPERANDS)
+
     def seeded(self, seed: int) -> Recipe:
         """The same with another seed."""
         return replace(self, seed=seed)

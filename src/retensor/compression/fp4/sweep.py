@@ -29,6 +29,7 @@ BASELINE = {"format": "float32"}
 """The settings of a run in full precision."""
 _FORMAT = {part.name for part in fields(Format)}
 _RECIPE = {part.name for part in fields(Recipe)} - {"fwd", "bwd", "formats", "roundings", "seed"}
+_OFF = {"q_grad": "ste", "q_grad_x": "ste", "scale_grad": "none"}
 
 Training = Callable[["Recipe | None", int], "Mapping[str, float] | float"]
 """Of a recipe (None: full precision) and a seed: the loss, or figures by name with ``"loss"`` among them."""
@@ -74,15 +75,17 @@ class Point:
 
     @property
     def name(self) -> str:
-        """Short enough for a picture: what is off is left out."""
+        """Short enough for a picture: what is off, or straight through, is left out."""
         parts = []
         for name, value in self.settings.items():
+            if _OFF.get(name) == value:
+                continue
             if value is True:
                 parts.append(name)
             elif isinstance(value, Mapping) and value:
                 parts.append(f"{name} " + " ".join(f"{key} {one}" for key, one in value.items()))
             elif value and not isinstance(value, Mapping):
-                parts.append(value if isinstance(value, str) else f"{name} {value}")
+                parts.append(value if isinstance(value, str) and name not in _OFF else f"{name} {value}")
         return ", ".join(parts)
 
 

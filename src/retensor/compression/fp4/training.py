@@ -72,7 +72,8 @@ class SpikeAwareAdamW(torch.optim.AdamW):
     T. Huang and others, SPAM: Spike-Aware Adam with Momentum Reset, 2025, arXiv 2501.06842: where
     :math:`g_i^2 > \theta v_i` with Adam's second moment :math:`v`, :math:`g_i` becomes
     :math:`\operatorname{sign}(g_i) \sqrt{\theta v_i}`; and every ``reset`` steps both moments start anew, after which
-    the rate rises again over ``warmup`` steps.
+    the rate rises again over ``warmup`` steps. In the first ``accumulate`` steps, and as many after each reset, nothing
+    is cut: a moment that has seen a few gradients alone is far below their squares.
 
     Parameters
     ----------
@@ -82,6 +83,8 @@ class SpikeAwareAdamW(torch.optim.AdamW):
         :math:`\theta`.
     reset, warmup : int
         Steps; 0 leaves either out.
+    accumulate : int
+        Steps.
     **options
         Of ``torch.optim.AdamW``.
 
@@ -93,7 +96,7 @@ class SpikeAwareAdamW(torch.optim.AdamW):
     Examples
     --------
     >>> weight = nn.Parameter(torch.ones(1))
-    >>> optimizer = SpikeAwareAdamW([weight], lr=0.1, threshold=9.0, weight_decay=0.0)
+    >>> optimizer = SpikeAwareAdamW([weight], lr=0.1, threshold=9.0, accumulate=0, weight_decay=0.0)
     >>> for size in (1.0, 1.0, 1000.0):
     ...     weight.grad = torch.full((1,), size)
     ...     _ = optimizer.step()
@@ -108,16 +111,26 @@ class SpikeAwareAdamW(torch.optim.AdamW):
         threshold: float = 5000.0,
         reset: int = 500,
         warmup: int = 150,
+        accumulate: int = 20,
         **options: Any,
     ) -> None:
         if not (isinstance(threshold, int | float) and threshold > 0):
             raise ValueError(f"threshold is a number above 0, not {described(threshold)}")
-        for name, steps in (("reset", reset), ("warmup", warmup)):
+        for name, steps in (("reset", reset), ("warmup", warmup), ("accumulate", accumulate)):
             if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
                 raise ValueError(f"{name} is a number of steps, 0 or more, not {described(steps)}")
         super().__init__(params, **options)
-        self.threshold, self.reset, self.warmup = float(threshold), reset, warmup
+        self.threshold, self.reset, self.warmup, self.accumulate = float(threshold), reset, warmup, accumulate
         self.steps = 0
+
+    @property
+    def steps(self) -> int:
+        """Steps that were taken; kept with the options of the first parameters, and so in ``state_dict()``."""
+        return int(self.param_groups[0].get("spike_aware_steps", 0))
+
+    @steps.setter
+    def steps(self, value: int) -> None:
+        self.param_groups[0]["spike_aware_steps"] = value
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -126,14 +139,14 @@ class SpikeAwareAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
+        since = self.steps % self.reset if self.reset else self.steps
+        for group in self.param_groups if since >= self.accumulate else ():
             for parameter in group["params"]:
                 if parameter.grad is not None and "exp_avg_sq" in self.state[parameter]:
                     limit = (self.state[parameter]["exp_avg_sq"] * self.threshold).sqrt_()
                     # Where nothing was seen yet, everything would be a spike.
                     limit = torch.where(limit > 0, limit, torch.full_like(limit, math.inf))
                     parameter.grad.copy_(torch.maximum(torch.minimum(parameter.grad, limit), -limit))
-        since = self.steps % self.reset if self.reset else self.steps
         rising = self.reset and self.steps >= self.reset and since < self.warmup
         share = 0.5 - 0.5 * math.cos(math.pi * (since + 1) / self.warmup) if rising else 1.0
         rates = [group["lr"] for group in self.param_groups]
