@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import warnings
 from collections.abc import Callable
 
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from timm.layers import Mlp
 from timm.layers.mlp import GlobalResponseNormMlp
 from timm.models.vision_transformer import VisionTransformer
@@ -19,6 +21,7 @@ from torch import nn
 import retensor as rt
 from retensor.compression import ewa
 from retensor.data import accuracy, digits, fit, seeded
+from retensor.replacing.state import KEY, read_header
 
 SMALL = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
 TIMM: dict[str, tuple[str, dict[str, object]]] = {
@@ -372,6 +375,7 @@ CONV = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())
     ("arguments", "message"),
     [
         ({"num_experts": 1}, "num_experts is 1; a mixture needs at least 2 experts"),
+        ({"num_experts": 10**9}, "num_experts is 1000000000; a mixture has at most 10000 experts"),
         ({"num_experts": 0}, "num_experts is 0"),
         ({"layers": "every0"}, "count from 1"),
         ({"layers": "blocks.9.mlp"}, "means no feed-forward network in the VisionTransformer; it holds .*Linear"),
@@ -510,10 +514,18 @@ def test_a_routed_mixture_cannot_be_folded_and_top_k_is_bounded() -> None:
 
 def test_a_damaged_file_names_the_experts_that_cannot_be_made(tmp_path: object) -> None:
     model = ewa.convert(timm_model("vit"), 3)
-    layer = model.blocks[1].mlp.fc1
-    config = layer.config()
+    path = tmp_path / "model.safetensors"
+    rt.save(model, path)
+    tensors = load_file(path)
     for wrong in ({"role": "last"}, {"num_experts": 1}, {"eval_mode": "x"}):
-        layer.config = lambda wrong=wrong: {**config, **wrong}
-        rt.save(model, tmp_path / "model.safetensors")
+        header = read_header(path)
+        (entry,) = (entry for entry in header["replacements"] if entry["name"] == "blocks.1.mlp.fc1")
+        entry["config"] |= wrong
+        save_file(tensors, tmp_path / "damaged.safetensors", {KEY: json.dumps(header)})
         with pytest.raises(rt.RetensorError, match="describes a ExpertLinear that cannot be made"):
-            rt.load(tmp_path / "model.safetensors", timm_model("vit"))
+            rt.load(tmp_path / "damaged.safetensors", timm_model("vit"))
+        # None is written that could not be read.
+        layer = copy.deepcopy(model.blocks[1].mlp.fc1)
+        layer.config = lambda entry=entry: entry["config"]
+        with pytest.raises(rt.RetensorError, match="ExpertLinear cannot be made again of its config"):
+            rt.save(layer, path.with_name("none.safetensors"))

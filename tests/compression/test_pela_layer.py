@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -244,3 +245,18 @@ def test_making_a_student_draws_no_random_numbers() -> None:
     assert torch.equal(one[0][0].weight, same[0][0].weight)
     assert not torch.equal(one[0][0].weight, other[0][0].weight)
     assert torch.equal(one[0].bias, model[0].bias)
+
+
+@pytest.mark.parametrize("rank", [1.5, True, "a", None])
+def test_a_rank_that_is_no_whole_number_is_told(rank: Any) -> None:
+    with pytest.raises(ValueError, match="the rank is a whole number from 1"):
+        pela.LowRankLinear.from_layer(nn.Linear(4, 4), rank)
+
+
+def test_what_cannot_be_decomposed_is_told() -> None:
+    layer = nn.Linear(4, 4)
+    nn.init.constant_(layer.weight, torch.nan)
+    with pytest.raises(ValueError, match="has values that are not finite"):
+        pela.LowRankLinear.from_layer(layer, 2)
+    with pytest.raises(TypeError, match="not a ReLU"):
+        pela.LowRankLinear.from_layer(nn.ReLU(), 2)

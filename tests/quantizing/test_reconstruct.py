@@ -392,3 +392,18 @@ def test_a_language_model_with_a_cache_is_walked_without_and_keeps_its_setting()
     assert all(report.after < 1e-2 for report in done.report)
     assert model.config.use_cache
     assert done.model.config.use_cache
+
+
+def test_a_caller_without_gradients_gets_the_same_codes() -> None:
+    net, x = made()
+    wanted = reconstruct(net, x, Adaptive(Affine(3)), steps=3).model.state_dict()
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            found = reconstruct(net, x.clone(), Adaptive(Affine(3)), steps=3).model.state_dict()
+        assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+def test_samples_held_out_leave_one_to_fit_with() -> None:
+    net, x = made()
+    done = reconstruct(net, x[:4], Adaptive(Affine(4, axis=0)), steps=2, held_out=0.9)
+    assert all(report.after < 0.1 for report in done.report)

@@ -176,7 +176,10 @@ def _figures(label: str, given: Any, names: Sequence[str]) -> tuple[float | None
         given = [given.get(name) for name in names]
     if len(given) != len(names):
         raise ValueError(f"column '{label}' has {len(given)} figures; the {len(names)} models need one each")
-    figures = [None if figure is None else float(figure) for figure in given]
+    try:
+        figures = [None if figure is None else float(figure) for figure in given]
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"column '{label}' holds {described(list(given), 40)}; it has numbers, or None") from None
     if not all(figure is None or isfinite(figure) for figure in figures):
         raise ValueError(f"column '{label}' has a figure that is not finite; leave it out as None")
     return tuple(figures)

@@ -164,6 +164,8 @@ def _exported(module: torch.nn.Module, inputs: Any, dtype: str | None, fuse: boo
         shapes, inputs = inputs, None
     elif _is_shape(inputs):
         shapes, inputs = {"x": inputs}, None
+    elif isinstance(inputs, int | float):
+        raise TypeError(f"inputs are tensors, or shapes such as (1, 3, 224, 224), not {described(inputs)}")
     if shapes is not None:  # NumPy's integers are none to torch
         shapes = {key: [int(size) for size in shape] for key, shape in shapes.items()}
     return load_torch(module, example_inputs=inputs, inputs=shapes, dtype=dtype, fuse=fuse, in_place=in_place)

@@ -16,6 +16,8 @@ from torch.nn import functional
 from retensor.data.sets import Split, digits, mnist5k
 from retensor.data.training import fit, seeded
 from retensor.errors import RetensorError
+from retensor.files import described
+from retensor.units import whole
 
 
 class DigitsCNN(nn.Module):
@@ -136,8 +138,8 @@ def reference(name: str, *, seed: int = 0) -> tuple[nn.Module, Split]:
 
     Raises
     ------
-    ValueError
-        Where no model has that name.
+    TypeError, ValueError
+        Where no model has that name, or the seed is no whole number of 64 bits.
 
     Examples
     --------
@@ -146,8 +148,10 @@ def reference(name: str, *, seed: int = 0) -> tuple[nn.Module, Split]:
     >>> accuracy(model, data.x_test, data.y_test) > 0.95
     True
     """
-    if name not in REFERENCES:
-        raise ValueError(f"'{name}' is no reference model; they are {', '.join(REFERENCES)}")
+    if not -(2**63) <= whole(seed, "seed") < 2**64:
+        raise ValueError(f"seed is a number of 64 bits, not {described(seed)}")
+    if not isinstance(name, str) or name not in REFERENCES:
+        raise ValueError(f"{described(name)} is no reference model; they are {', '.join(REFERENCES)}")
     from retensor.planning.cache import cache_folder
     from retensor.replacing.state import load, save
 

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from retensor.errors import MissingExtraError
+from retensor.files import described
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,10 @@ class Split:
         Raises
         ------
         ValueError
-            Where there are not so many.
+            Where there are not so many, or the seed is none.
         """
-        if not isinstance(samples, int) or not 0 < samples <= len(self.x):
+        _check_seed(seed)
+        if isinstance(samples, bool) or not isinstance(samples, int) or not 0 < samples <= len(self.x):
             raise ValueError(f"{samples} training samples of {len(self.x)} cannot be taken")
         order = np.random.default_rng(seed).permutation(len(self.x))
         # Each class's samples in turn.
@@ -142,13 +144,19 @@ def _scaled(found: Any, test: float, seed: int) -> Split:
     return Split((split.x - mean) / deviation, split.y, (split.x_test - mean) / deviation, split.y_test, split.classes)
 
 
+def _check_seed(seed: Any) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"the seed of a split, below 2**32, is a whole number from 0 on, not {described(seed)}")
+
+
 def _split(x: Any, y: Any, test: float, seed: int) -> Split:
+    if isinstance(test, bool) or not isinstance(test, int | float):
+        raise TypeError(f"the share of test samples is a number such as 0.4, not {described(test)}")
     if not 0 < test < 1 or not len(set(y)) <= test * len(y) <= len(y) - len(set(y)):
         raise ValueError(
             f"the share of test samples lies between 0 and 1 and leaves some of each class on both sides, not {test!r}"
         )
-    if not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"the seed of a split is a whole number from 0 on, not {seed!r}")
+    _check_seed(seed)
     from sklearn.model_selection import train_test_split
 
     parts = train_test_split(

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from retensor.files import described
 from retensor.graph.modes import evaluating
+from retensor.units import whole
 
 Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 Schedule = Literal["onecycle", "cosine", "constant"]
@@ -76,9 +78,17 @@ def fit(
 
     Raises
     ------
+    TypeError, ValueError
+        Where steps or batch are no whole numbers, the tensors do not fit, or ``clip`` is not above 0.
     FloatingPointError
         Where the loss is no finite number.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"an nn.Module is trained, not {described(model)}")
+    steps, batch = whole(steps, "steps"), whole(batch, "batch")
+    if clip is not None and not clip > 0:
+        # A norm below 0 would turn every step around.
+        raise ValueError(f"clip is the largest norm of all gradients, above 0, not {described(clip)}")
     if steps < 0 or batch < 1 or len(x) != len(y) or not len(x):
         raise ValueError(
             f"{steps} steps in batches of {batch} over {len(x)} inputs and {len(y)} targets cannot be taken"
@@ -118,15 +128,24 @@ def accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor, *, batch: int =
 
     Raises
     ------
-    ValueError
-        Where there is not one class for each input, or the model does not give one row of scores for each.
+    TypeError, ValueError
+        Where there is not one class for each input, a whole number, the model does not give one row of scores, at least
+        two, for each, or ``batch`` is none.
     """
+    if whole(batch, "batch") < 1:
+        raise ValueError(f"a batch has at least one sample, not {batch}")
+    if not all(isinstance(value, torch.Tensor) for value in (x, y)) or y.is_floating_point():
+        raise TypeError("inputs and classes are tensors, and classes whole numbers")
     if y.ndim != 1 or len(x) != len(y) or not len(x):
         raise ValueError(f"{len(x)} inputs need one class each, a tensor of shape [{len(x)}], not {list(y.shape)}")
     right = 0
     with evaluating(model):
         for a, b in zip(x.split(batch), y.split(batch), strict=True):
-            told = model(a).argmax(-1)
+            scores = model(a)
+            if not isinstance(scores, torch.Tensor) or not scores.ndim or scores.shape[-1] < 2:
+                what = list(scores.shape) if isinstance(scores, torch.Tensor) else described(scores)
+                raise ValueError(f"the model gives {what}; a row of at least two scores for each input is needed")
+            told = scores.argmax(-1)
             if told.shape != b.shape:
                 raise ValueError(
                     f"the model gives classes of shape {list(told.shape)} for {len(b)} inputs; one each is needed"

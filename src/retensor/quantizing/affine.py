@@ -65,13 +65,17 @@ class Affine:
     def __post_init__(self) -> None:
         check_flags(symmetric=self.symmetric)
         for name, value, least in (("bits", self.bits, 2), ("group_size", self.group_size, 1)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            left_out = value is None and name == "group_size"
+            if not left_out and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ValueError(f"{name} is a whole number from {least}, not {described(value)}")
         if self.bits > 8:
             raise ValueError(f"bits is a number from 2 to 8, not {self.bits}")
+        if self.axis is not None and (isinstance(self.axis, bool) or not isinstance(self.axis, int)):
+            raise ValueError(f"axis is the number of an axis, or None, not {described(self.axis)}")
         if self.axis is not None and self.group_size is not None:
             raise ValueError("axis and group_size were both given; groups lie along the last axis")
-        if self.search is not None and not 0 < self.search < 100:
+        power = self.search
+        if power is not None and (isinstance(power, bool) or not isinstance(power, int | float) or not 0 < power < 100):
             raise ValueError(f"search is the power of the error, above 0, not {described(self.search)}")
 
     @property
@@ -102,14 +106,19 @@ class Affine:
         TypeError
             Where ``x`` is not floating point.
         ValueError
-            Where it is empty or not finite, has no such axis, or groups do not divide its last axis.
+            Where it is empty, not finite or on the meta device, spans more than its type holds, has no such axis, or
+            groups do not divide its last axis.
         """
         x = self.grouped(x)
+        if x.is_meta:
+            raise ValueError("a tensor on the meta device holds no values, so it has no range; load its values first")
         if not x.numel() or not bool(torch.isfinite(x).all()):
             raise ValueError("a tensor that is empty or not finite has no range; take those values out first")
         axes = self._shared(x)
         low, high = x.amin(axes, keepdim=True).clamp(max=0), x.amax(axes, keepdim=True).clamp(min=0)
         scale, zero = self.of_range(low, high)
+        if not bool(torch.isfinite(scale).all()):
+            raise ValueError(f"the range of the tensor is beyond what {x.dtype} holds; scale it down, or give float64")
         if self.search is None:
             return scale, zero
         least = self._error(x, scale, zero)
@@ -137,19 +146,23 @@ class Affine:
         Raises
         ------
         TypeError, ValueError
-            As :meth:`choose`, or where only one of the two is given.
+            As :meth:`choose`; where only one of the two is given, or they are not one for each step, above zero, and
+            one of the whole numbers; or where the tensor is not finite.
         """
         if (scale is None) != (zero_point is None):
             raise ValueError("a step and a zero point are given together")
         if scale is None or zero_point is None:
             scale, zero_point = self.choose(x)
+        else:
+            scale, zero_point = self._checked(x, scale, zero_point)
         codes = (self.whole(x.detach(), scale, zero_point) - self.low).to(torch.uint8).reshape(x.shape)
         return AffineTensor(codes, scale, zero_point, self)
 
     def grouped(self, x: torch.Tensor) -> torch.Tensor:
         """The tensor with an axis of groups before its last, where it has groups; at least in float32."""
-        if not x.is_floating_point():
-            raise TypeError(f"tensors of floating point are quantised, not of {x.dtype}")
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            what = f"of {x.dtype}" if isinstance(x, torch.Tensor) else described(x)
+            raise TypeError(f"tensors of floating point are quantised, not {what}")
         x = x if x.dtype == torch.float64 else x.to(torch.float32)
         if self.axis is not None and not -x.ndim <= self.axis < x.ndim:
             raise ValueError(f"axis {self.axis} of a tensor of shape {list(x.shape)} was asked for; it has {x.ndim}")
@@ -178,10 +191,39 @@ class Affine:
     def of_range(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The step and the zero point of ranges from ``low``, at most 0, to ``high``, at least 0."""
         if self.symmetric:
-            scale = (2 * torch.maximum(-low, high) / (2**self.bits - 1)).clamp(min=LEAST_STEP)
+            scale = self._step(2 * torch.maximum(-low, high))
             return scale, torch.zeros_like(scale)
-        scale = ((high - low) / (2**self.bits - 1)).clamp(min=LEAST_STEP)
+        scale = self._step(high - low)
         return scale, (-torch.round(low / scale)).clamp(self.low, self.high)
+
+    def _step(self, span: torch.Tensor) -> torch.Tensor:
+        """The step that divides a span: not 0, and not so small that what is divided by it overflows."""
+        step = (span / (2**self.bits - 1)).clamp(min=torch.finfo(span.dtype).tiny)
+        return torch.where(span > 0, step, torch.full_like(step, LEAST_STEP))
+
+    def _checked(
+        self, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The step and the zero point that were given, of the shape that they have here."""
+        steps = self.steps(x.shape)
+        for name, value in (("step", scale), ("zero point", zero_point)):
+            # Of another shape it would be spread along whatever axis has its length.
+            if tuple(value.shape) != steps and value.numel() != 1:
+                raise ValueError(
+                    f"the {name} has shape {list(value.shape)}; a tensor of shape {list(x.shape)} has those of "
+                    f"{list(steps)} here"
+                )
+        scale, zero_point = (v if tuple(v.shape) == steps else v.reshape(()).expand(steps) for v in (scale, zero_point))
+        if torch.compiler.is_compiling() or torch.compiler.is_exporting() or x.is_meta:
+            return scale, zero_point
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError("a tensor that is not finite has no codes; take those values out first")
+        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            raise ValueError("a step is a finite number above 0; choose it anew")
+        most = 0 if self.symmetric else self.high
+        if not bool(((zero_point == zero_point.round()) & (zero_point >= 0) & (zero_point <= most)).all()):
+            raise ValueError(f"a zero point is a whole number from 0 to {most} here; round it, or choose it anew")
+        return scale, zero_point
 
     def _candidates(
         self, low: torch.Tensor, high: torch.Tensor, share: float
@@ -189,7 +231,7 @@ class Affine:
         """Steps of a share of the range, with each zero point there is."""
         if self.symmetric:
             return [self.of_range(low * share, high * share)]
-        scale = ((high - low) * share / (2**self.bits - 1)).clamp(min=LEAST_STEP)
+        scale = self._step((high - low) * share)
         one_signed = bool(((low == 0) | (high == 0)).all())
         if one_signed:
             return [self.of_range(low * share, high * share)]

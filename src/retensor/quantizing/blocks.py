@@ -20,6 +20,7 @@ from torch.nn import functional
 from retensor.files import described
 from retensor.quantizing.grids import GRIDS, UNROUNDED, Grid, Rounding, Unrounded
 from retensor.quantizing.packing import packed_bytes
+from retensor.units import check_flags
 
 ScaleRule = Literal["nearest", "floor", "ceil", "even"]
 _RULES = ("nearest", "floor", "ceil", "even")
@@ -123,12 +124,13 @@ class Blocks:
             raise ValueError(f"the rule '{rule}' is for scales that are powers of two (e8m0), not {self.scale.name}")
         object.__setattr__(self, "size", size)
         object.__setattr__(self, "rule", rule)
+        check_flags(tensor_scale=tensor_scale, tensor_power=tensor_power)
         if tensor_scale and (isinstance(self.scale, Unrounded) or self.scale.name == "e8m0"):
             raise ValueError(f"scales of {self.scale.name} have all the range there is; leave tensor_scale out")
         if tensor_power and not tensor_scale:
             raise ValueError("tensor_power is for formats with tensor_scale=True")
-        object.__setattr__(self, "tensor_scale", bool(tensor_scale))
-        object.__setattr__(self, "tensor_power", bool(tensor_power))
+        object.__setattr__(self, "tensor_scale", tensor_scale)
+        object.__setattr__(self, "tensor_power", tensor_power)
 
     def encode(
         self,
@@ -246,8 +248,11 @@ class Blocks:
         return sizes * tensor_scale, tensor_scale
 
     def _length(self, x: torch.Tensor, dim: int) -> int:
-        if not x.is_floating_point():
-            raise TypeError(f"numbers of floating point are put in blocks, not of {x.dtype}")
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            what = f"of {x.dtype}" if isinstance(x, torch.Tensor) else described(x)
+            raise TypeError(f"numbers of floating point are put in blocks, not {what}")
+        if isinstance(dim, bool) or not isinstance(dim, int):
+            raise TypeError(f"dim is the number of an axis, not {described(dim)}")
         if x.ndim == 0 or not -x.ndim <= dim < x.ndim:
             raise ValueError(f"axis {dim} of a tensor of shape {list(x.shape)} was asked for; it has {x.ndim}")
         return int(x.shape[dim])
@@ -311,6 +316,6 @@ def _scale(given: Grid | Unrounded | str) -> Grid | Unrounded:
 def _grid(given: Grid | str, what: str) -> Grid:
     if isinstance(given, Grid):
         return given
-    if given in GRIDS:
+    if isinstance(given, str) and given in GRIDS:
         return GRIDS[given]
     raise ValueError(f"the {what} format is {described(given)}; formats are {', '.join(GRIDS)}, or give a Grid")

@@ -141,14 +141,14 @@ class _Activation(nn.Module):
 
 def _for_export(model: nn.Module) -> nn.Module:
     student = copied(model)
-    if isinstance(student, QuantizedLayer):
+    if isinstance(student, QuantizedLayer | ActivationQuantizer):
         return _for_export(nn.Sequential(student))
-    for name, module in list(student.named_modules()):
-        if isinstance(module, QuantizedLayer):
-            put(student, name, _Weight(module))
-    for name, module in list(student.named_modules()):
-        if isinstance(module, ActivationQuantizer) and module.mode == "tensor":
-            put(student, name, _Activation(module))
+    made: dict[int, nn.Module] = {}
+    for kind, new in ((QuantizedLayer, _Weight), (ActivationQuantizer, _Activation)):
+        # A module of several names is one afterwards too.
+        for name, module in list(student.named_modules(remove_duplicate=False)):
+            if isinstance(module, kind) and getattr(module, "mode", "tensor") == "tensor":
+                put(student, name, made.setdefault(id(module), made.get(id(module)) or new(module)))
     return student
 
 

@@ -59,6 +59,8 @@ class Grid:
     _tables: dict[torch.device, _Tables] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.bits, int) or not all(isinstance(value, int | float) for value in self.values):
+            raise ValueError(f"grid '{self.name}' has codes of {described(self.bits)} bits and numbers for values")
         if not 1 <= self.bits <= MOST_BITS or len(self.values) != 2**self.bits:
             raise ValueError(
                 f"grid '{self.name}' has {len(self.values)} values for codes of {self.bits} bits; it needs one for "
@@ -115,8 +117,9 @@ class Grid:
         ValueError
             Where ``rounding`` is neither.
         """
-        if not x.is_floating_point():
-            raise TypeError(f"numbers of floating point are rounded, not of {x.dtype}")
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            what = f"of {x.dtype}" if isinstance(x, torch.Tensor) else described(x)
+            raise TypeError(f"numbers of floating point are rounded, not {what}")
         if rounding not in ("nearest", "stochastic"):
             raise ValueError(f"rounding is {described(rounding)}; it is 'nearest' or 'stochastic'")
         x = x.detach()
@@ -139,9 +142,8 @@ class Grid:
         if self.infinite == "own":
             beyond = x.abs() >= tables.overflow
             out = torch.where(beyond, torch.where(torch.signbit(x), tables.low_infinity, tables.high_infinity), out)
-        if self.not_a_number is not None:
-            out = torch.where(torch.isnan(x), torch.full_like(out, self.not_a_number), out)
-        return out
+        unknown = codes[0] if self.not_a_number is None else torch.full_like(codes[0], self.not_a_number)
+        return torch.where(torch.isnan(x), unknown, out)
 
     def decode(self, codes: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The numbers that codes stand for.
@@ -157,8 +159,9 @@ class Grid:
         TypeError
             Where codes are not uint8.
         """
-        if codes.dtype != torch.uint8:
-            raise TypeError(f"codes are of type torch.uint8, not {codes.dtype}")
+        if not isinstance(codes, torch.Tensor) or codes.dtype != torch.uint8:
+            what = codes.dtype if isinstance(codes, torch.Tensor) else described(codes)
+            raise TypeError(f"codes are of type torch.uint8, not {what}")
         table = torch.tensor(self.values, dtype=torch.float64).to(device=codes.device, dtype=dtype)
         return table[(codes & (2**self.bits - 1)).long()]
 
@@ -187,7 +190,12 @@ class Grid:
         >>> GRIDS["e2m1"].round(torch.tensor([0.7, -2.4, 2.5, 9.0]))
         tensor([ 0.5000, -2.0000,  2.0000,  6.0000])
         """
-        if self._floating is None or not x.is_floating_point() or rounding not in ("nearest", "stochastic"):
+        if (
+            self._floating is None
+            or not isinstance(x, torch.Tensor)
+            or not x.is_floating_point()
+            or rounding not in ("nearest", "stochastic")
+        ):
             out = self.decode(self.encode(x, rounding, generator), _computed(x))
             return torch.where(torch.isnan(x), torch.full_like(out, math.nan), out)
         x = x.detach()
@@ -215,7 +223,11 @@ class Grid:
         ------
         ValueError
             Where the grid is not one of :func:`floating` with subnormal numbers.
+        TypeError
+            Where ``x`` is of another type.
         """
+        if x.dtype not in _BITS:
+            raise TypeError(f"numbers are rounded in place in float32 and float64, not in {x.dtype}; use round")
         if self._floating is None:
             raise ValueError(f"grid '{self.name}' holds no floating-point numbers with subnormal ones; use round")
         least, mantissa = self._floating
@@ -366,12 +378,24 @@ def floating(
     -------
     Grid
 
+    Raises
+    ------
+    ValueError
+        Where a number of bits, the bias or the specials are none, or a value is no number of float32.
+
     Examples
     --------
     >>> floating("e3m0", 3, 0).values[:8]
     (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
     """
+    for what, number, least in (("exponent", exponent, 1), ("mantissa", mantissa, 0)):
+        if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= MOST_BITS:
+            raise ValueError(f"{what} is a number of bits from {least} to {MOST_BITS}, not {described(number)}")
+    if specials not in ("none", "nan", "ieee"):
+        raise ValueError(f"specials is {described(specials)}; it is 'none', 'nan' or 'ieee'")
     bias = 2 ** (exponent - 1) - 1 if bias is None else bias
+    if isinstance(bias, bool) or not isinstance(bias, int) or abs(bias) > 2**MOST_BITS:
+        raise ValueError(f"bias is a whole number up to {2**MOST_BITS}, not {described(bias)}")
     top = 2 ** (exponent + mantissa) - 1
 
     def value(code: int) -> float:
@@ -386,9 +410,15 @@ def floating(
 
     positive = tuple(value(code) for code in range(top + 1))
     values = (*positive, *(-v for v in positive)) if signed else positive
+    there = [v for v in positive if math.isfinite(v) and v]
+    if not there or max(there) > torch.finfo(torch.float32).max or min(there) < 2.0**-149:
+        raise ValueError(f"grid '{name}' with bias {bias} has numbers that are none of float32; take another bias")
+    # What rounds by the bits of float32 needs its normal numbers, and room above the largest.
+    room = math.frexp(max(there))[1] + 24 - mantissa < 128
+    by_bits = (1 - bias, mantissa) if subnormal and 1 - bias >= -126 and room else None
     return Grid(
         name, exponent + mantissa + signed, values, signed_zero=signed and subnormal,
-        infinite="own" if specials == "ieee" else "largest", _floating=(1 - bias, mantissa) if subnormal else None,
+        infinite="own" if specials == "ieee" else "largest", _floating=by_bits,
     )  # fmt: skip
 
 
@@ -414,6 +444,8 @@ def powers_of_two(bits: int, largest: int = 0) -> Grid:
     (1.0, 0.5, 0.25, 0.0, -1.0, -0.5, -0.25, nan)
     """
     _check_bits(bits, least=2)
+    if isinstance(largest, bool) or not isinstance(largest, int) or not -126 <= largest <= 127:
+        raise ValueError(f"largest is a power from -126 to 127, not {described(largest)}")
     places = [2.0 ** (largest - shift) for shift in range(2 ** (bits - 1) - 1)]
     return Grid(f"pow2-{bits}", bits, (*places, 0.0, *(-value for value in places), math.nan))
 
@@ -436,7 +468,10 @@ def codebook(values: list[float] | torch.Tensor, name: str = "codebook") -> Grid
     ValueError
         Where there are fewer than 2 or more than 256, one twice, or one that is not finite.
     """
-    listed = [float(value) for value in values]
+    try:
+        listed = [float(value) for value in values]
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"a codebook is a list of numbers, not {described(values)}") from None
     if not 2 <= len(listed) <= 2**MOST_BITS or not all(math.isfinite(value) for value in listed):
         raise ValueError(f"a codebook has 2 to {2**MOST_BITS} finite values, not {len(listed)}")
     bits = (len(listed) - 1).bit_length()

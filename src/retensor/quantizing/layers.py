@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self
 
 import torch
@@ -102,15 +102,29 @@ class ActivationQuantizer(nn.Module):
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Of the shape and type of ``x``."""
+        """Of the shape and type of ``x``.
+
+        Raises
+        ------
+        TypeError
+            Where that is not floating point.
+        """
+        if not x.is_floating_point():
+            raise TypeError(f"activations of floating point are rounded, not of {x.dtype}")
         quantizer = self.quantizer
         if self.mode == "tensor":
             return fake_quantized(x, self.scale, self.zero_point, quantizer.low, quantizer.high).to(x.dtype)
-        rows = x.detach()
+        if x.ndim and not x.shape[-1]:
+            return x
+        # In half precision the least step would be 0, and the largest rows would span more than there is.
+        rows = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         scale, zero = quantizer.of_range(
             rows.amin(-1, keepdim=True).clamp(max=0), rows.amax(-1, keepdim=True).clamp(min=0)
         )
         return fake_quantized(x, scale, zero, quantizer.low, quantizer.high).to(x.dtype)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        return super()._apply(_wide(fn), recurse)
 
     def settings(self) -> dict[str, Any]:
         """Arguments of the class, as JSON has them."""
@@ -126,6 +140,7 @@ class Learning(nn.Module):
 
     def __init__(self, layer: nn.Module, learner: WeightLearner, inputs: nn.Module | None = None) -> None:
         super().__init__()
+        layer_settings(layer)
         self.layer, self.learner, self.inputs = layer, learner, inputs
 
     @property
@@ -147,6 +162,17 @@ class Learning(nn.Module):
         return quantized_layer(self.layer, self.learner.quantized(self.layer.weight.detach()), self.inputs)
 
 
+def _wide(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What moves tensors, but leaves steps in float32 where a model goes to half precision."""
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        found = fn(tensor)
+        narrow = found.is_floating_point() and torch.finfo(found.dtype).bits < 32
+        return tensor.to(found.device) if narrow else found
+
+    return moved
+
+
 def called(layer: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """What a linear layer or a convolution gives with another weight."""
     if isinstance(layer, nn.Linear):
@@ -164,11 +190,16 @@ class QuantizedLayer(Replacement):
     quantizer : Affine
     inputs : ActivationQuantizer, optional
         What rounds its inputs.
+
+    Notes
+    -----
+    Steps are float32, or float64 of a float64 layer, and stay so where a model goes to half precision.
     """
 
     packed: torch.Tensor
     scale: torch.Tensor
     zeros: torch.Tensor | None
+    _type: torch.Tensor
 
     def __init__(self, layer: nn.Module, quantizer: Affine, inputs: nn.Module | None = None) -> None:
         super().__init__()
@@ -178,7 +209,10 @@ class QuantizedLayer(Replacement):
         self.register_buffer(
             "packed", torch.zeros(packed_bytes(layer.weight.numel(), quantizer.bits), dtype=torch.uint8, device=device)
         )
-        self.register_buffer("scale", torch.ones(steps, device=device))
+        wide = torch.promote_types(layer.weight.dtype, torch.float32)
+        self.register_buffer("scale", torch.ones(steps, device=device, dtype=wide))
+        # Says, without a number in it, what type the layer is of, where there is no bias to tell.
+        self.register_buffer("_type", layer.weight.new_empty(0).detach(), persistent=False)
         count = self.scale.numel()
         zeros = torch.zeros(packed_bytes(count, quantizer.bits), dtype=torch.uint8, device=device)
         self.register_buffer("zeros", None if quantizer.symmetric else zeros)
@@ -192,8 +226,17 @@ class QuantizedLayer(Replacement):
 
     @property
     def weight(self) -> torch.Tensor:
-        """What the codes stand for."""
-        return self.kept().decode(self.scale.dtype)
+        """What the codes stand for, in the type of the layer."""
+        return self.kept().decode(self._type.dtype)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        if recurse:
+            for module in self.children():
+                module._apply(fn)
+        kind = fn(self._type)
+        super()._apply(_wide(fn), recurse=False)
+        self._type = kind
+        return self
 
     @property
     def nbytes(self) -> int:
@@ -221,10 +264,15 @@ class QuantizedLayer(Replacement):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """What the layer gives with the weight that the codes stand for."""
-        return called(self.layer, x if self.inputs is None else self.inputs(x), self.weight.to(x.dtype))
+        return called(self.layer, x if self.inputs is None else self.inputs(x), self.kept().decode(x.dtype))
 
     def config(self) -> dict[str, Any]:
         """Shape, settings and quantisers."""
+        if self.inputs is not None and not isinstance(self.inputs, ActivationQuantizer):
+            raise NotImplementedError(
+                f"a layer of codes whose inputs go through {type(self.inputs).__name__} cannot be saved; an "
+                "ActivationQuantizer can"
+            )
         inputs = self.inputs.settings() if isinstance(self.inputs, ActivationQuantizer) else None
         return {"layer": self.settings, "quantizer": self.quantizer.settings(), "inputs": inputs}
 
@@ -242,17 +290,18 @@ class QuantizedLayer(Replacement):
         """A plain layer with the weight that the codes stand for; None where inputs are rounded too."""
         if self.inputs is not None:
             return None
-        plain = plain_layer(self.settings)
+        plain = plain_layer(self.settings).to(device=self.scale.device, dtype=self._type.dtype)
         with torch.no_grad():
             plain.weight.copy_(self.weight)
             if self.bias is not None:
                 plain.bias.copy_(self.bias)
-        return plain.to(self.scale.device)
+        return plain
 
 
 def quantized_layer(layer: nn.Module, kept: AffineTensor, inputs: nn.Module | None = None) -> QuantizedLayer:
     """A linear layer or a convolution with these codes for its weight, and its bias; the layer stays as it is."""
-    made = QuantizedLayer(plain_layer(layer_settings(layer)).to(layer.weight.device), kept.quantizer, inputs)
+    plain = plain_layer(layer_settings(layer)).to(device=layer.weight.device, dtype=layer.weight.dtype)
+    made = QuantizedLayer(plain, kept.quantizer, inputs)
     made.keep(kept)
     if layer.bias is not None:
         with torch.no_grad():
@@ -267,11 +316,28 @@ _SETTINGS = {"Linear": ("in_features", "out_features"), "Conv1d": _CONV, "Conv2d
 def layer_settings(layer: nn.Module) -> dict[str, Any]:
     """The class and the arguments of a layer, as JSON has them."""
     for kind, names in _SETTINGS.items():
-        if isinstance(layer, getattr(nn, kind)):
+        if isinstance(layer, plain := getattr(nn, kind)):
+            _check_plain(layer, plain)
             values = {name: getattr(layer, name) for name in names}
             listed = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
             return {"kind": kind, **listed, "bias": layer.bias is not None}
     raise TypeError(f"linear layers and convolutions are put in few bits, not {type(layer).__name__}")
+
+
+_SAME = {("timm.layers.linear", "Linear")}
+"""Classes whose ``forward`` is another one and gives the same."""
+
+
+def _check_plain(layer: nn.Module, plain: type[nn.Module]) -> None:
+    """Refuse a layer that makes something else of its weight and inputs than torch's own."""
+    own = type(layer)
+    if any((kind.__module__, kind.__qualname__) in _SAME for kind in own.__mro__):
+        return
+    if any(getattr(own, name, None) is not getattr(plain, name, None) for name in ("forward", "_conv_forward")):
+        raise TypeError(
+            f"a {own.__name__} computes otherwise than nn.{plain.__name__} does, so that codes of its weight would "
+            f"give something else; put a plain nn.{plain.__name__} in its place before"
+        )
 
 
 def plain_layer(settings: Mapping[str, Any]) -> nn.Module:

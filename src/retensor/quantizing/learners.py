@@ -38,15 +38,21 @@ class WeightLearner(Reparametrization):
     weight : torch.Tensor
         What is to be put in few bits; it is not kept.
     quantizer : Affine
+    steps : pair of torch.Tensor, optional
+        Step and zero point where they are found already, as :meth:`Affine.choose` gives them.
     """
 
     scale: torch.Tensor
     zero_point: torch.Tensor
 
-    def __init__(self, weight: torch.Tensor, quantizer: Affine) -> None:
+    def __init__(
+        self, weight: torch.Tensor, quantizer: Affine, steps: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> None:
         super().__init__()
         self.quantizer, self.shape = quantizer, tuple(weight.shape)
-        if weight.is_meta:
+        if steps is not None:
+            scale, zero = (value.detach().clone().reshape(quantizer.steps(self.shape)) for value in steps)
+        elif weight.is_meta:
             # It is rebuilt to be filled; there are no values to choose by.
             scale = weight.new_ones(quantizer.steps(self.shape), dtype=torch.float32)
             zero = torch.zeros_like(scale)
@@ -113,8 +119,10 @@ class AdaRound(WeightLearner):
     tensor([[0., 1., 1., 3.]])
     """
 
-    def __init__(self, weight: torch.Tensor, quantizer: Affine) -> None:
-        super().__init__(weight, quantizer)
+    def __init__(
+        self, weight: torch.Tensor, quantizer: Affine, steps: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> None:
+        super().__init__(weight, quantizer, steps)
         self.hard = False
         apart = self._steps(weight.detach())
         part = (apart - apart.floor()).clamp(1e-6, 1 - 1e-6)

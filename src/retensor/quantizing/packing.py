@@ -61,7 +61,8 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     TypeError
         Where the bytes are not uint8.
     ValueError
-        Where there are more or fewer bytes than the codes take, or a bit left over is set.
+        Where there are more or fewer bytes than the codes take, they are no vector, ``count`` is none, or a bit left
+        over is set.
 
     Examples
     --------
@@ -69,6 +70,10 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     tensor([1, 2, 3], dtype=torch.uint8)
     """
     _check(packed, bits)
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise ValueError(f"count is a whole number from 0, not {described(count)}")
+    if packed.ndim != 1:
+        raise ValueError(f"packed bytes are a vector, not a tensor of shape {list(packed.shape)}")
     if packed.numel() != packed_bytes(count, bits):
         raise ValueError(
             f"{count} codes of {bits} bits take {packed_bytes(count, bits)} bytes, and there are {packed.numel()}"

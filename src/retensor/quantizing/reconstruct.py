@@ -26,8 +26,9 @@ from retensor.bars import watched
 from retensor.files import described
 from retensor.graph.modes import evaluating
 from retensor.quantizing.samples import CHUNK, Samples, Storage, calibration_samples, caught, first_tensor, outputs
-from retensor.quantizing.units import Unit, find_units
+from retensor.quantizing.units import LAYERS, Unit, find_units
 from retensor.replacing.replace import copied, move_hooks, put
+from retensor.units import whole
 
 CHECKS = 10
 """How often the samples that are held out are looked at while a unit is fitted."""
@@ -52,6 +53,8 @@ class Fitting:
         What a method wants to remember of this unit.
     output : torch.Tensor, optional
         What the unit gives in the student, once it is done.
+    chosen : torch.Tensor, optional
+        Numbers of the samples of the step that is being taken.
     """
 
     unit: Unit
@@ -62,6 +65,7 @@ class Fitting:
     target: torch.Tensor
     kept: dict[str, Any] = field(default_factory=dict)
     output: torch.Tensor | None = None
+    chosen: torch.Tensor | None = None
 
     @property
     def module(self) -> nn.Module:
@@ -73,9 +77,12 @@ class Fitting:
         return self.model.get_submodule(name)
 
     def place(self, name: str, new: nn.Module) -> None:
-        """Put a module in the place of one of the student's, whose hooks it takes over."""
-        move_hooks(self.layer(name), new)
-        put(self.model, name, new)
+        """Put a module in the place of one of the student's, whose hooks it takes over, under all names it has."""
+        old = self.layer(name)
+        names = [other for other, module in self.model.named_modules(remove_duplicate=False) if module is old]
+        move_hooks(old, new)
+        for other in names:
+            put(self.model, other, new)
 
 
 class Method:
@@ -103,7 +110,10 @@ class Method:
         return (squares.sum(1) if squares.ndim > 1 else squares).mean()
 
     def rate(self, done: float) -> float:
-        """The part of each optimiser's rate that a step takes: by default down to nothing along a cosine."""
+        """The part of each optimiser's rate that a step takes: by default down to nothing along a cosine.
+
+        A group of parameters that has a function ``rate`` of its own takes that.
+        """
         return 0.5 + 0.5 * math.cos(math.pi * done)
 
     def after_step(self, fitting: Fitting, done: float) -> None:
@@ -162,6 +172,9 @@ class Reconstruction:
     report: tuple[UnitReport, ...]
 
 
+# A caller who turned gradients off for evaluating fits with them all the same.
+@torch.inference_mode(False)
+@torch.enable_grad()
 def reconstruct(
     model: nn.Module,
     calibration: Any,
@@ -210,6 +223,10 @@ def reconstruct(
         Where numbers are not finite, named by the unit, or weights hold no values (meta device).
     """
     _check(model, method, steps, batch, input_mix, held_out)
+    if storage is not None and not isinstance(storage, Storage):
+        raise TypeError(f"storage is a Storage, not {described(storage)}")
+    if not -(2**63) <= whole(seed, "seed") < 2**64:
+        raise ValueError(f"seed is a number of 64 bits, not {described(seed)}")
     samples = calibration_samples(calibration, _device(model))
     storage = storage or Storage()
     generator = torch.Generator().manual_seed(seed)
@@ -277,7 +294,7 @@ def _fit(
     generator: torch.Generator,
 ) -> None:
     order = torch.randperm(len(fitting.clean), generator=generator)
-    apart = round(held_out * len(order))
+    apart = min(round(held_out * len(order)), len(order) - 1)
     looked_at, used = order[:apart], order[apart:]
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     learned = [value for optimizer in optimizers for group in optimizer.param_groups for value in group["params"]]
@@ -291,6 +308,7 @@ def _fit(
         if len(turn) < min(batch, len(used)):
             turn = torch.cat([turn, used[torch.randperm(len(used), generator=generator)]])
         chosen, turn = turn[:batch], turn[batch:]
+        fitting.chosen = chosen
         arguments, named = fitting.clean.mixed(fitting.inputs, chosen, input_mix, generator)
         found = first_tensor(fitting.module(*arguments, **named), fitting.unit.name)
         loss = method.loss(fitting, found, _wanted(fitting, chosen, found), done)
@@ -301,7 +319,7 @@ def _fit(
         for optimizer, rate in zip(optimizers, rates, strict=True):
             optimizer.zero_grad(set_to_none=True)
             for group, highest in zip(optimizer.param_groups, rate, strict=True):
-                group["lr"] = highest * method.rate(done)
+                group["lr"] = highest * group.get("rate", method.rate)(done)
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -357,6 +375,13 @@ def _device(model: nn.Module) -> torch.device:
 def _check(model: Any, method: Any, steps: Any, batch: Any, input_mix: Any, held_out: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"an nn.Module is put in few bits, not {described(model)}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("a scripted model cannot be put in few bits; do it before scripting")
+    if isinstance(model, LAYERS):
+        raise ValueError(
+            f"the model is one {type(model).__name__}, and parts of a model are put in few bits; give "
+            "nn.Sequential(layer)"
+        )
     if not isinstance(method, Method):
         raise TypeError(f"method is a Method, not {described(method)}")
     for name, value, least in (("steps", steps, 0), ("batch", batch, 1)):

@@ -43,12 +43,12 @@ def rounded(
     Returns
     -------
     torch.Tensor
-        Of the shape and type of ``x``.
+        Of the shape and type of ``x``; NaN stays NaN.
 
     Raises
     ------
     TypeError, ValueError
-        As :meth:`Grid.encode`, or where no estimator has that name.
+        As :meth:`Grid.encode`, or where no estimator has that name, or the grid is none.
 
     Examples
     --------
@@ -61,6 +61,8 @@ def rounded(
     """
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator is {described(estimator)}; it is one of {', '.join(ESTIMATORS)}")
+    if not isinstance(grid, Grid):
+        raise TypeError(f"grid is a Grid such as GRIDS['e2m1'], not {described(grid)}")
     out: torch.Tensor = _Rounded.apply(x, grid, rounding, estimator, generator)
     return out
 
@@ -118,7 +120,8 @@ class _Rounded(torch.autograd.Function):
         ctx.grid, ctx.estimator = grid, estimator
         if estimator != "straight":
             ctx.save_for_backward(x)
-        return grid.decode(grid.encode(x, rounding, generator), x.dtype)
+        out = grid.decode(grid.encode(x, rounding, generator), x.dtype)
+        return torch.where(torch.isnan(x), torch.full_like(out, torch.nan), out)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from retensor.files import described
+from retensor.files import brief, described
 
 CHUNK = 64
 """Samples that run through a model at once where nothing is trained."""
@@ -34,10 +34,21 @@ class Storage:
         own again.
     folder : path, optional
         Where temporary files are made, which vanish with the samples; memory by default.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Where the type is none of floating point, or there is no such folder.
     """
 
     dtype: torch.dtype | None = None
     folder: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
+            raise TypeError(f"samples are kept in a floating-point type of torch's, not in {described(self.dtype)}")
+        if self.folder is not None and not Path(self.folder).is_dir():
+            raise ValueError(f"samples are kept in a folder, and '{brief(self.folder)}' is none; make it before")
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Room for a tensor that is used in type ``dtype``."""
@@ -146,7 +157,8 @@ def calibration_samples(calibration: Any, device: torch.device) -> Samples:
                 raise TypeError(f"calibration holds {described(leaf)}; its batches are made of tensors alone")
         if len({len(leaf) for leaf in leaves}) != 1:
             raise ValueError(
-                f"the tensors of one batch have {[len(leaf) for leaf in leaves]} samples; all need as many"
+                f"the tensors of one batch have {[len(leaf) for leaf in leaves]} samples; all need as many, and there "
+                "is at least one"
             )
         flat.append(leaves)
     for parts in zip(*flat, strict=True):
@@ -183,6 +195,8 @@ def caught(model: nn.Module, name: str, samples: Samples, storage: Storage) -> S
             if leaf.rows:
                 check_finite(value, f"what reaches '{name}'")
                 leaf.value[part] = value.unflatten(0, (-1, leaf.rows)).cpu()
+            else:
+                _check_alike(name, leaf.value, value)
     return Samples(leaves, tree, len(samples), samples.device)
 
 
@@ -200,6 +214,11 @@ def outputs(module: nn.Module, samples: Samples, storage: Storage, what: str) ->
         arguments, named = samples.take(part)
         found = first_tensor(module(*arguments, **named), what)
         check_finite(found, f"what '{what}' gives")
+        if not found.ndim or not len(found) or len(found) % (part.stop - part.start):
+            raise ValueError(
+                f"'{what}' gives a tensor of shape {list(found.shape)} for {part.stop - part.start} samples; its first "
+                "axis must be the batch"
+            )
         found = found.unflatten(0, (part.stop - part.start, -1))
         if kept is None:
             kept = storage.empty((len(samples), *found.shape[1:]), found.dtype)
@@ -248,6 +267,7 @@ def _reaches(model: nn.Module, name: str, samples: Samples, part: slice) -> tupl
 
 def _leaf(name: str, one: Any, two: Any, count: int, storage: Storage) -> Leaf:
     if not isinstance(one, torch.Tensor) or one.shape == two.shape:
+        _check_alike(name, one, two)
         return Leaf(one, 0)
     if not one.ndim or len(two) != 2 * len(one) or one.shape[1:] != two.shape[1:]:
         raise ValueError(
@@ -255,6 +275,33 @@ def _leaf(name: str, one: Any, two: Any, count: int, storage: Storage) -> Leaf:
             "its first axis must be the batch"
         )
     return Leaf(storage.empty((count, *one.shape), one.dtype), len(one), one.dtype)
+
+
+def _check_alike(name: str, one: Any, other: Any) -> None:
+    """Refuse to keep once for all samples what depends on them."""
+    if not _alike(one, other):
+        raise ValueError(
+            f"'{name}' is called with {_told(one)} for some samples and {_told(other)} for others: what depends on the "
+            "samples needs their axis first; name blocks that hold all of what it goes into"
+        )
+
+
+def _alike(one: Any, two: Any) -> bool:
+    """Whether what is to be kept once for all samples is the same for some of them and for others."""
+    if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor):
+        if one.shape != two.shape:
+            return False
+        if one.is_floating_point() or one.is_complex():
+            # Kernels for fewer samples may round otherwise.
+            return torch.allclose(one, two, rtol=1e-3, atol=1e-6, equal_nan=True)
+        return torch.equal(one, two)
+    if isinstance(one, int | float) and isinstance(two, int | float):
+        return math.isclose(one, two, rel_tol=1e-3) or (one != one and two != two)
+    return True
+
+
+def _told(value: Any) -> str:
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else described(value)
 
 
 def call_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -265,4 +312,7 @@ def call_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (), dict(batch)
     if isinstance(batch, tuple):
         return batch, {}
-    raise TypeError(f"a batch is a tensor, a tuple of tensors or a mapping of names to tensors, not {described(batch)}")
+    raise TypeError(
+        f"a batch is a tensor, a tuple of tensors or a mapping of names to tensors, not {described(batch)}; of a "
+        "loader or a generator give a list of such batches"
+    )

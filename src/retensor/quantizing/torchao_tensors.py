@@ -20,7 +20,8 @@ def to_torchao(model: nn.Module) -> nn.Module:
     ----------
     model : nn.Module
         Left as it is; the result is a copy. Codes, steps and zero points are the same numbers. What torchao's tensor
-        cannot hold stays as it is: convolutions, and layers whose inputs are rounded otherwise than to 8 bits by token.
+        cannot hold stays as it is: convolutions, float64, and layers whose inputs are rounded otherwise than to 8 bits
+        by token.
 
     Raises
     ------
@@ -47,16 +48,21 @@ def to_torchao(model: nn.Module) -> nn.Module:
     if isinstance(model, QuantizedLayer):
         return _linear(model) if _fits(model) else copied(model)
     model = copied(model)
-    for name, module in list(model.named_modules()):
+    made: dict[int, nn.Module] = {}
+    # A layer of several names is one afterwards too.
+    for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, QuantizedLayer) and _fits(module):
-            plain = _linear(module)
-            move_hooks(module, plain)
-            put(model, name, plain)
+            if id(module) not in made:
+                made[id(module)] = _linear(module)
+                move_hooks(module, made[id(module)])
+            put(model, name, made[id(module)])
     return model
 
 
 def _fits(layer: QuantizedLayer) -> bool:
     if not isinstance(layer.layer, nn.Linear) or layer.quantizer.axis not in (None, 0, -2):
+        return False
+    if layer.weight.dtype == torch.float64:
         return False
     inputs = layer.inputs
     return inputs is None or (
@@ -80,7 +86,8 @@ def _linear(layer: QuantizedLayer) -> nn.Linear:
     shape = (rows // block[0], columns // block[1])
     zero = (kept.zero_point - quantizer.low + low).to(torch.int8).reshape(shape)
     plain = nn.utils.skip_init(nn.Linear, columns, rows, bias=layer.bias is not None, device=codes.device)
-    weight = _tensor(codes, kept.scale.float().reshape(shape), zero, quantizer.bits, block, layer.inputs is not None)
+    scale, dtype = kept.scale.float().reshape(shape), layer.weight.dtype
+    weight = _tensor(codes, scale, zero, quantizer.bits, block, dtype, layer.inputs is not None)
     plain.weight = nn.Parameter(weight, requires_grad=False)
     if layer.bias is not None:
         plain.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
@@ -88,11 +95,15 @@ def _linear(layer: QuantizedLayer) -> nn.Linear:
 
 
 def _tensor(
-    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int, block: tuple[int, int], rounded: bool
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    bits: int,
+    block: tuple[int, int],
+    dtype: torch.dtype,
+    rounded: bool,
 ) -> Any:
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
     kind = getattr(torch, f"int{bits}")
-    return IntxUnpackedToInt8Tensor(
-        codes, scale, zero, kind, block, torch.float32, "int8_asym_per_token" if rounded else None
-    )
+    return IntxUnpackedToInt8Tensor(codes, scale, zero, kind, block, dtype, "int8_asym_per_token" if rounded else None)

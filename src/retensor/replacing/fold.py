@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize
 
 from retensor.files import described
 from retensor.replacing.kinds import Reparametrization, Replacement
-from retensor.replacing.replace import copied, put, settle
+from retensor.replacing.replace import copied, equal, put, settle, tie
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -51,6 +51,8 @@ def _folded(model: nn.Module, asked: dict[int, nn.Module]) -> tuple[nn.Module, b
     """The model with its outermost replacements folded, none of which was asked before; whether there was one."""
     dense: dict[int, nn.Module] = {}
     places: list[tuple[str, int]] = []
+    owners: dict[int, nn.Module] = {}
+    tied: dict[tuple[int, int], tuple[nn.Module, nn.Module]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if any(name.startswith(f"{outer}." if outer else "") for outer, _ in places):
             # It goes with the replacement it lies in, or comes up again in what that turns into.
@@ -64,7 +66,14 @@ def _folded(model: nn.Module, asked: dict[int, nn.Module]) -> tuple[nn.Module, b
                 continue
             settle(module, plain)
             dense[id(module)] = plain
+            for parameter in module.parameters():
+                first = owners.setdefault(id(parameter), module)
+                if first is not module:
+                    tied[id(first), id(module)] = first, module
         places.append((name, id(module)))
+    # What is made of the same tensors is one again, where it came out equal.
+    for first, other in tied.values():
+        tie(dense[id(first)], dense[id(other)], first, other)
     for name, key in places:
         if name:
             put(model, name, dense[key])
@@ -97,7 +106,7 @@ def _bake(model: nn.Module) -> None:
             module._buffers[label] = value
         elif trained is not None:
             shared = plain.get(id(trained))
-            if shared is None or not torch.equal(shared, value):
+            if shared is None or not equal(shared, value):
                 shared = nn.Parameter(value, requires_grad=trained.requires_grad)
                 plain.setdefault(id(trained), shared)
             module._parameters[label] = shared

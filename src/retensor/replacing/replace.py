@@ -128,6 +128,11 @@ def settle(old: nn.Module, new: nn.Module) -> None:
     types = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
     devices = {tensor.device for tensor in tensors}
     mine = [*new.parameters(), *new.buffers()]
+    if any(tensor.is_meta for tensor in mine) and devices and not any(device.type == "meta" for device in devices):
+        raise ValueError(
+            f"a {type(new).__name__} on the meta device, which has no values, cannot stand for a layer that has some; "
+            "make it on a real one"
+        )
     if len(devices) == 1 and any(tensor.device not in devices for tensor in mine):
         new.to(device=devices.pop())
     floats = {tensor.dtype for tensor in mine if tensor.is_floating_point()}
@@ -161,6 +166,15 @@ def put(model: nn.Module, name: str, new: nn.Module) -> None:
             f"'{name}' cannot be replaced: nn.MultiheadAttention reads its weight and never calls it; replace the "
             f"whole '{parent_name}' by an attention of plain layers"
         )
+    if isinstance(parent, torch.jit.ScriptModule):
+        raise ValueError(
+            f"'{name}' lies in a scripted module, whose parts cannot be replaced; replace before scripting"
+        )
+    if leaf == "_orig_mod" and isinstance(parent, torch._dynamo.OptimizedModule):
+        raise ValueError(
+            f"'{name}' is what torch.compile compiled, which it goes on calling; replace before compiling, or parts of "
+            "it"
+        )
     parent._modules[leaf] = new
     for depth in range(name.count(".") + 1):
         above = model.get_submodule(".".join(name.split(".")[:depth]))
@@ -169,6 +183,16 @@ def put(model: nn.Module, name: str, new: nn.Module) -> None:
             above.activation_relu_or_gelu = 0
         elif isinstance(above, nn.TransformerEncoder):
             above.use_nested_tensor = False
+
+
+def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether tensors have one shape and type and the same numbers, NaN being itself."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if one.is_meta or other.is_meta or one.device != other.device:
+        return one.is_meta and other.is_meta
+    a, b = (value.detach().contiguous().reshape(-1).view(torch.uint8) for value in (one, other))
+    return torch.equal(a, b)
 
 
 def _check(model: Any, replacements: Any, tied: Any, unmatched: Any) -> None:
@@ -319,7 +343,7 @@ def _keep_ties(
                 made[key] = _made(modules[key], maker, names[key][0]) or modules[key]
         first, *rest = dict.fromkeys(place for place in places.values() if place is not None)
         for other in rest:
-            if not _tie(made[first], made[other]):
+            if not tie(made[first], made[other], modules[first], modules[other]):
                 raise ValueError(
                     f"{' and '.join(repr(name) for name in told)} are one tensor, but their replacements have no equal "
                     "parameter of one name; return modules that can share one"
@@ -333,18 +357,27 @@ def _place(modules: dict[int, nn.Module], key: int, made: dict[int, nn.Module]) 
     return next((place for place in made if any(id(child) == key for child in modules[place].modules())), None)
 
 
-def _tie(first: nn.Module, other: nn.Module) -> bool:
-    """Let ``other`` use the parameters of ``first`` that are equal to its own in name, shape and value."""
+def tie(first: nn.Module, other: nn.Module, was: nn.Module, beside: nn.Module) -> bool:
+    """Let ``other`` use the parameters of ``first`` that are equal to its own in name, shape and value.
+
+    Not those that ``was`` and ``beside``, in whose places they stand, have apart, such as biases that are still zero.
+    """
     mine = dict(first.named_parameters())
+    one, two = dict(was.named_parameters()), dict(beside.named_parameters())
+    shared = {id(p) for p in one.values()} & {id(p) for p in two.values()}
+    leaves: dict[bool, set[str]] = {True: set(), False: set()}
+    for name, parameter in (*one.items(), *two.items()):
+        leaves[id(parameter) in shared].add(name.rpartition(".")[2])
+    apart = leaves[False] - leaves[True]
     done = False
     for name, parameter in list(other.named_parameters()):
         same = mine.get(name)
-        if same is None or same.shape != parameter.shape or same.dtype != parameter.dtype:
+        path, _, leaf = name.rpartition(".")
+        if same is None:
             continue
         if same is parameter:
             done = True
-        elif torch.equal(same, parameter):
-            path, _, leaf = name.rpartition(".")
+        elif leaf not in apart and equal(same, parameter):
             other.get_submodule(path)._parameters[leaf] = same
             done = True
     return done

@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 from retensor.errors import MissingExtraError, RetensorError
 from retensor.files import brief, broken_link, described, write_atomic
 from retensor.replacing.kinds import Reparametrization, Replacement, _Kind, kind_named
-from retensor.replacing.replace import copied, put, settle
+from retensor.replacing.replace import copied, equal, put, settle
 
 SCHEMA = "retensor.state/1"
 KEY = "retensor"
@@ -43,14 +43,17 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises
     ------
     TypeError
-        Where it is no module.
+        Where it is no module, or the path is none.
     RetensorError
-        Where the file cannot be written, or a replacement has no ``config``.
+        Where the file cannot be written, a tensor is of a kind that safetensors does not keep, or the file could not
+        be loaded again: a replacement has no ``config`` or holds other tensors than that makes, or a parametrization
+        of this library lies below another one.
     MissingExtraError
         Where safetensors is not installed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"the state of an nn.Module is saved, not of {described(model)}")
+    _check_path(path)
     tensors, tied = _state(model)
     replacements: list[dict[str, Any]] = []
     parametrizations: list[dict[str, Any]] = []
@@ -71,6 +74,13 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
                 shared[name] = parametrized[id(module)]
                 continue
             parametrized[id(module)] = name
+            for label, steps in module.parametrizations.items():
+                ours = [isinstance(step, Reparametrization) for step in steps]
+                if ours != sorted(ours):
+                    raise RetensorError(
+                        f"'{name}.{label}'".replace("'.", "'") + " has a parametrization of this library below another "
+                        "one, and loading puts them on top; fold it, or register it last"
+                    )
             parametrizations.extend(
                 {"name": name, "tensor": label, **_described(step, name)}
                 for label, steps in module.parametrizations.items()
@@ -87,8 +97,14 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     try:
         header["sha256"] = _digest(header, tensors)
         content = _safetensors().save(tensors, metadata={KEY: json.dumps(header)})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise RetensorError(f"the configuration of a replacement is no JSON: {brief(error)}") from None
+    except KeyError as error:
+        raise RetensorError(
+            f"the model's state has the type {error.args[0]}, which safetensors does not keep"
+        ) from None
+    for entry in replacements:
+        _check_rebuilt(model.get_submodule(entry["name"]), entry["name"], entry["config"])
     write_atomic(path, content)
 
 
@@ -113,12 +129,13 @@ def load(path: str | os.PathLike[str], base: nn.Module | None = None) -> nn.Modu
         Where the file is missing, damaged, of another kind, or does not fit ``base``: the first name that differs, or
         the shapes.
     TypeError
-        Where ``base`` is no module.
+        Where ``base`` is no module, or the path is none.
     """
     if base is not None and not isinstance(base, nn.Module):
         raise TypeError(f"the base of a saved state is an nn.Module, not {described(base)}")
     if isinstance(base, torch.jit.ScriptModule):
         raise TypeError("the base of a saved state is a model that is not scripted yet; load before scripting")
+    _check_path(path)
     shown = brief(path)
     tensors, header = _read(Path(path), shown)
     whole = header.get("sha256") == _digest(header, tensors)
@@ -130,6 +147,7 @@ def load(path: str | os.PathLike[str], base: nn.Module | None = None) -> nn.Modu
     compare(tensors, model.state_dict(keep_vars=True), shown)
     if not whole:
         raise RetensorError(f"'{shown}' was altered after it was written; save the model anew")
+    _check_shared(tensors, model, shown)
     model.load_state_dict(tensors)
     _tie(model, header["tied"])
     for module in model.modules():
@@ -171,6 +189,16 @@ def _state(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, torch.Tensor):
             raise RetensorError(f"'{name}' of the model's state is {described(tensor)}; only tensors are kept")
+        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            raise RetensorError(
+                f"'{name}' of the model's state has no shape yet; run the model once before it is saved"
+            )
+        if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer) or tensor.is_nested:
+            kind = "nested tensor" if tensor.is_nested else type(tensor).__name__
+            raise RetensorError(
+                f"'{name}' of the model's state is a {kind}, which safetensors does not keep; save the model before "
+                "its tensors are made those"
+            )
         if tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided or tensor.dtype == torch.complex128:
             what = "no values" if tensor.is_meta else f"the type {tensor.dtype} and layout {tensor.layout}"
             raise RetensorError(f"'{name}' of the model's state has {what}, which safetensors does not keep")
@@ -186,7 +214,13 @@ def _state(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             continue
         seen[key] = name
         # Views of one storage would be refused.
-        tensors[name] = tensor.detach().cpu().contiguous().clone()
+        try:
+            tensors[name] = tensor.detach().cpu().contiguous().clone()
+        except NotImplementedError:
+            # Of the types of fewer than eight bits torch has little more than the names.
+            raise RetensorError(
+                f"'{name}' of the model's state has the type {tensor.dtype}, which safetensors does not keep"
+            ) from None
     return tensors, tied
 
 
@@ -195,9 +229,35 @@ def _described(module: _Kind, name: str) -> dict[str, Any]:
         config = module.config()
     except NotImplementedError as error:
         raise RetensorError(f"'{name}': {error}") from None
+    except Exception as error:  # the class may be the caller's own, and what it looks at replaced
+        raise RetensorError(f"'{name}': config() of {type(module).__name__} fails: {brief(error)}") from error
     if not isinstance(config, dict):
         raise RetensorError(f"'{name}': config() of {type(module).__name__} is {described(config)}; a dict is needed")
     return {"kind": module.kind(), "config": config}
+
+
+def _check_path(path: Any) -> None:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"the path of a saved state is text or a path, not {described(path)}")
+
+
+def _check_rebuilt(module: nn.Module, name: str, config: Mapping[str, Any]) -> None:
+    """Refuse a replacement that its configuration does not make again: its file could not be loaded."""
+    try:
+        with torch.device("meta"):
+            made = cast(Replacement, module).from_config(config).state_dict()
+    except Exception as error:  # the class may be the caller's own
+        raise RetensorError(
+            f"'{name}': {type(module).__name__} cannot be made again of its config(): {brief(error)}"
+        ) from error
+    held = module.state_dict()
+    differ = [label for label in (*held, *made) if (label in held) != (label in made)]
+    if differ:
+        what = "holds" if differ[0] in held else "lacks"
+        raise RetensorError(
+            f"'{name}': this {type(module).__name__} {what} '{brief(differ[0])}', other than what its config() makes, "
+            "so that the file could not be loaded; what was put inside a replacement is folded before it is saved"
+        )
 
 
 def _inside(name: str, outer: str) -> bool:
@@ -210,8 +270,12 @@ def _read(path: Path, shown: str, values: bool = True) -> tuple[dict[str, torch.
 
     if (fault := broken_link(path)) is not None:
         raise RetensorError(f"'{shown}' {fault}; give the path of a saved state")
-    if not path.is_file():
-        what = "is no ordinary file" if path.exists() else "is not there"
+    try:
+        there, ordinary = path.exists(), path.is_file()
+    except OSError as error:
+        raise RetensorError(f"'{shown}' cannot be read: {error.strerror}; give the path of a saved state") from None
+    if not ordinary:
+        what = "is no ordinary file" if there else "is not there"
         raise RetensorError(f"'{shown}' {what}; give the path of a saved state")
     try:
         with safe_open(path, "pt") as stream:
@@ -256,6 +320,12 @@ def _rebuilt(
     whole = [entry for entry in header["replacements"] if not entry["name"]]
     if whole:
         model = _module(whole[0], Replacement, "", tensors, shown)
+        # There is no base whose types it could be of; what stays wide in a narrow model follows by tensor.
+        if types := {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}:
+            model.to(min(types, key=lambda dtype: torch.finfo(dtype).bits))
+        for name, value in model.state_dict(keep_vars=True).items():
+            if value.is_floating_point() and tensors[name].is_floating_point():
+                value.data = value.data.to(tensors[name].dtype)
         if base is not None:
             model.train(base.training)
         return model
@@ -265,7 +335,12 @@ def _rebuilt(
     for entry in header["replacements"]:
         name = entry["name"]
         new = _module(entry, Replacement, f"{name}.", tensors, shown)
-        settle(_found(model, name, shown), new)
+        old = _found(model, name, shown)
+        if any(tensor.is_complex() for tensor in old.state_dict().values()):
+            for label, value in new.state_dict(keep_vars=True).items():
+                if (kept := tensors[f"{name}.{label}"]).is_complex() and not value.is_complex():
+                    value.data = value.data.to(kept.dtype)
+        settle(old, new)
         put(model, name, new)
     for name, same in header["shared"].items():
         _found(model, name, shown)
@@ -317,6 +392,21 @@ def _module(
         raise RetensorError(f"'{shown}' describes a {kind.__name__} that cannot be made: {brief(error)}") from None
 
 
+def _check_shared(tensors: Mapping[str, torch.Tensor], model: nn.Module, shown: str) -> None:
+    """Refuse tensors that are two in a file and one in the model: the last to be loaded would be both."""
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, mine in model.state_dict(keep_vars=True).items():
+        if not mine.numel():
+            continue
+        key = mine.device, mine.untyped_storage()._cdata, mine.storage_offset(), tuple(mine.shape), mine.stride()
+        first = seen.setdefault(key, name)
+        if tensors[first] is not tensors[name] and not equal(tensors[first], tensors[name]):
+            raise RetensorError(
+                f"'{brief(first)}' and '{brief(name)}' differ in '{shown}' and are one tensor in the model; give a "
+                "model where they are two"
+            )
+
+
 def _tie(model: nn.Module, tied: Mapping[str, str]) -> None:
     """Let the parameters that were one tensor be one again."""
     for name, kept in tied.items():
@@ -337,6 +427,8 @@ def compare(
         raise RetensorError(f"'{shown}' {what}; give a model like the one it was saved from")
     for name, tensor in theirs.items():
         mine = ours[name]
+        if isinstance(mine, nn.parameter.UninitializedTensorMixin):
+            raise RetensorError(f"'{brief(name)}' of the model has no shape yet; run the model once before loading")
         if tensor.shape != mine.shape:
             raise RetensorError(
                 f"'{brief(name)}' has shape {list(tensor.shape)} in '{shown}' and {list(mine.shape)} in the model; "
@@ -347,7 +439,7 @@ def compare(
                 f"'{brief(name)}' of the model lies on the meta device, where values cannot be loaded; make the base "
                 "on a real one, or call to_empty before"
             )
-        # Within floating-point types a value is rounded; between kinds it would be another one.
+        # Within floating-point types a value is rounded; between kinds, or beyond the range, it would be another one.
         if values and (tensor.is_floating_point(), tensor.is_complex()) != (
             mine.is_floating_point(),
             mine.is_complex(),
@@ -356,3 +448,18 @@ def compare(
                 f"'{brief(name)}' is of type {tensor.dtype} in '{shown}' and {mine.dtype} in the model; give a model "
                 "like the one it was saved from"
             )
+        if values and tensor.dtype != mine.dtype and not _holds(mine.dtype, tensor):
+            raise RetensorError(
+                f"'{brief(name)}' is of type {tensor.dtype} in '{shown}' and holds numbers beyond {mine.dtype}, its "
+                "type in the model; give a model of the type it was saved from"
+            )
+
+
+def _holds(dtype: torch.dtype, tensor: torch.Tensor) -> bool:
+    """Whether a type holds the numbers of a tensor, those of floating point within rounding."""
+    if tensor.is_complex():
+        return _holds(dtype.to_real(), torch.view_as_real(tensor))
+    if not tensor.is_floating_point():
+        return torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)
+    wide = tensor.to(torch.float64)
+    return bool((wide.abs() <= torch.finfo(dtype).max).logical_or(~wide.isfinite()).all())

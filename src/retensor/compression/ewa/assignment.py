@@ -17,6 +17,8 @@ GradScale = Literal["none", "N"]
 Mode = Literal["folded", "ensemble", "rup", "routed"]
 
 EVAL_MODES = ("folded", "ensemble", "rup")
+MOST_EXPERTS = 10_000
+"""More are refused as a slip of the keyboard: each is a layer's weights over again."""
 SETTINGS = ("num_experts", "eval_mode", "few_tokens", "grad_scale", "top_k")
 
 
@@ -86,6 +88,8 @@ class Assignment:
                 raise TypeError(f"{name} is a whole number, not {described(number)}")
         if num_experts < 2:
             raise ValueError(f"num_experts is {num_experts}; a mixture needs at least 2 experts")
+        if num_experts > MOST_EXPERTS:
+            raise ValueError(f"num_experts is {described(num_experts)}; a mixture has at most {MOST_EXPERTS} experts")
         if not 0 <= top_k <= num_experts:
             raise ValueError(f"top_k is {top_k}; of {num_experts} experts 1 to {num_experts} can be chosen")
         check_choice("eval_mode", eval_mode, EVAL_MODES)

@@ -50,6 +50,8 @@ class LowRankLinear(Replacement, nn.Sequential):
     def __init__(
         self, in_features: int, out_features: int, rank: int, bias: bool = True, layout: Layout = "linear"
     ) -> None:
+        if isinstance(rank, bool) or not isinstance(rank, int):
+            raise ValueError(f"the rank is a whole number from 1, not {described(rank)}")
         if not 1 <= rank <= min(in_features, out_features):
             raise ValueError(
                 f"a rank of {rank} for a layer of {in_features} inputs and {out_features} outputs; it lies between 1 "
@@ -65,9 +67,20 @@ class LowRankLinear(Replacement, nn.Sequential):
         """The closest layer of that rank to an ``nn.Linear`` or a ``Conv1D``, with its bias.
 
         Of a layer on the meta device, one on the meta device.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Where the layer is none of both, its weight is not finite, or the rank is none.
         """
+        if not isinstance(layer, nn.Linear) and not is_conv1d(layer):
+            raise TypeError(f"an nn.Linear or a Conv1D is decomposed, not a {type(layer).__name__}")
         made = cls._empty(*shape_of(layer), rank, layer.bias is not None, layout_of(layer))
         weight = matrix_of(layer)
+        if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+            raise ValueError(
+                "the weight of the layer has values that are not finite; a decomposition needs finite ones"
+            )
         first, second = made[0], made[1]
         if weight.is_meta:
             made.to(weight.dtype)
