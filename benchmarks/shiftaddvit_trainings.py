@@ -57,9 +57,10 @@ MOE = {
 UNSCALED = way(
     "mixtures in perceptrons, 5 bits, outputs not scaled", shiftadd.ALPHA, **perceptrons("moe", 5), gate="straight"
 )
+EVEN = way("mixtures in perceptrons, 5 bits, equal latencies", (0.5, 0.5), **perceptrons("moe", 5))
 ALL_SHIFT = way("additions, and shifts in all layers", linears="shift")
 ALL_MOE = way("additions, and mixtures in all layers", shiftadd.ALPHA, linears="moe")
-WAYS = (DENSE, ADD, *SHIFT.values(), *MOE.values(), UNSCALED, ALL_SHIFT, ALL_MOE)
+WAYS = (DENSE, ADD, *SHIFT.values(), *MOE.values(), EVEN, UNSCALED, ALL_SHIFT, ALL_MOE)
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,40 @@ def test_sums_that_leave_32_bits_are_added_in_64():
     assert found.tolist() == [[inputs * (2**31 - 1), -inputs * (2**31 - 1)]] * 3
 
 
+@pytest.mark.parametrize("frac", [3, 8, 16])
+@pytest.mark.parametrize("tokens", [1, 15, 33, 128, 131])
+def test_layers_add_in_few_bits_what_fits_and_never_more(frac, tokens):
+    """Small inputs are added in 16 bits, large ones in 32 and 64; tokens in blocks of 16 and of more."""
+    g = torch.Generator().manual_seed(frac + tokens)
+    weight = torch.randn(37, 50, generator=g) / 4
+    codes = pack(powers_of_two(5).encode(weight), 5)
+    weight = powers_of_two(5).decode(powers_of_two(5).encode(weight))
+    shift = torch.where(weight == 0, 0, weight.abs().log2()).long()
+    for size in (0.05, 1.0, 30.0, 2e4):
+        x = size * torch.randn(tokens, 50, generator=g)
+        whole = (x.double() * 2**frac).floor().clamp(-(2.0**31), 2.0**31 - 2**frac).long()
+        exact = shiftadd.mat_shift(whole, shift, weight.sign().long()).double() * 2.0**-frac
+        found = shiftadd.shift_linear(x, codes, None, 37, 5, frac)
+        assert torch.allclose(found.double(), exact, rtol=2 * EPSILON, atol=0)
+
+
+def test_inputs_beyond_the_range_saturate_at_every_point():
+    codes = pack(powers_of_two(5).encode(torch.ones(1, 1)), 5)
+    for frac in (1, 4, 8, 16, 30):
+        x = torch.tensor([[3e38], [-3e38], [float("inf")], [float("-inf")]])
+        found = shiftadd.shift_linear(x, codes, None, 1, 5, frac)[:, 0].double()
+        most = torch.tensor(2.0 ** (31 - frac) - 1).double()
+        assert found.tolist() == [most, -(2.0 ** (31 - frac)), most, -(2.0 ** (31 - frac))]
+
+
+def test_numbers_of_every_whole_type_are_shifted():
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.uint32):
+        x = torch.tensor([[100, 7]]).to(dtype)
+        assert shiftadd.mat_shift(x, torch.tensor([[-1, 0]]), torch.tensor([[1, -1]])).tolist() == [[43]]
+    large = torch.tensor([[2**32 - 1]]).to(torch.uint32)
+    assert shiftadd.mat_shift(large, torch.tensor([[-4]]), torch.tensor([[1]])).tolist() == [[2**28 - 1]]
+
+
 def test_a_right_shift_is_low_by_less_than_one_unit_a_term():
     g = torch.Generator().manual_seed(0)
     x = (torch.randn(64, 48, generator=g) * 2**16).floor().long()
@@ -167,7 +201,11 @@ def test_what_does_not_fit_is_refused_by_name():
         shiftadd.mat_shift(x, p.T, s)
     with pytest.raises(ValueError, match="between -30 and 0"):
         shiftadd.mat_shift(x, p + 1, s)
+    with pytest.raises(ValueError, match="whole numbers"):
+        shiftadd.mat_shift(x, p - 0.5, s)
     with pytest.raises(ValueError, match="sign"):
         shiftadd.mat_shift(x, p, 2 * s)
+    with pytest.raises(ValueError, match="leave 64 bits"):
+        shiftadd.mat_shift(torch.full((1, 3), 2**62), p, s)
     with pytest.raises(ValueError, match="not a number"):
         shiftadd.shift_linear(torch.tensor([[float("nan")]]), pack(torch.zeros(1, dtype=torch.uint8), 5), None, 1)

@@ -17,7 +17,8 @@ import retensor as rt
 from retensor.compression import shiftadd
 from retensor.compression.shiftadd.shift import ShiftLinear
 from retensor.compression.shiftadd.sources import READERS
-from retensor.data import accuracy, digits, fit, reference
+from retensor.data import accuracy, digits, fit
+from retensor.data.reference import digits_vit
 from retensor.errors import RetensorError
 
 HASHING = {"bits": 8, "anchors": 6, "samples": 60, "similar": 5}
@@ -212,16 +213,19 @@ def test_the_report_is_a_table() -> None:
 
 
 def test_a_trained_model_of_digits_survives_short_training() -> None:
-    model, data = reference("digits-vit")
-    assert data.classes == digits().classes
-    full = accuracy(model, data.x_test, data.y_test)
+    data = digits()
+    torch.manual_seed(0)
+    model = digits_vit(depth=1)
+    fit(model, data.x, data.y, steps=300, lr=5e-3)
+    full = accuracy(model.eval(), data.x_test, data.y_test)
     mine = shiftadd.convert(model, seed=0)
+    before = accuracy(mine, data.x_test, data.y_test)
     fit(
         mine, data.x, data.y, steps=100, lr=5e-3, seed=0,
         loss=lambda m, x, y: functional.cross_entropy(m(x), y) + 0.01 * shiftadd.ll_loss(m),
     )  # fmt: skip
     trained = accuracy(mine, data.x_test, data.y_test)
     frozen = accuracy(shiftadd.freeze(mine), data.x_test, data.y_test)
-    assert trained > full - 0.06
+    assert trained > max(before + 0.1, full - 0.06)
     # A batch's means move a code or two.
     assert abs(frozen - trained) <= 0.01

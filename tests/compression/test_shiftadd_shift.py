@@ -114,6 +114,17 @@ def test_saturation_is_counted_and_refused_where_strict():
     packed = shiftadd.PackedShiftLinear.from_shift(made).eval()
     x = torch.tensor([[1e6, -1e6, 3e9, *[0.0] * 7]])
     assert torch.allclose(packed(x), made(x), rtol=1e-5)
+    assert shiftadd.saturations(nn.Sequential(packed)) == {"0": 3}
+
+
+def test_frozen_layers_stay_strict(tmp_path):
+    made = layer(strict=True)
+    packed = shiftadd.PackedShiftLinear.from_shift(made).eval()
+    rt.save(packed, tmp_path / "packed.safetensors")
+    for kept in (packed, rt.load(tmp_path / "packed.safetensors").eval()):
+        assert int(kept.saturated) == 0
+        with pytest.raises(RetensorError, match=r"1 inputs .* beyond"):
+            kept(torch.tensor([[1e6, *[0.0] * 9]]))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 5, 6])

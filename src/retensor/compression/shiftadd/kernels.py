@@ -1,42 +1,39 @@
 """MatAdd and MatShift on a CPU: products without a multiplication, compiled by numba.
 
-Both come down to one loop: add rows of a table, named by a list of offsets, to 16 numbers that stay in registers.
+Both come down to one loop: rows of a table, named by number, are added to up to 64 numbers that stay in registers.
 
-MatAdd, ``b V`` with ``b`` of 0 and 1, packs 8 of its bits to a byte. For every 8 rows of V (or 4, where there are few
-rows of b) all their 256 sums are worked out once, each from another one by a single addition, and a row of b then adds
-one of them a byte instead of one row of V a bit (V. Arlazarov, E. Dinic, M. Kronrod, I. Faradzev 1970, the method of
-the four Russians). For ``b^T V`` the roles are exchanged: rows of V are added to the one of 256 buckets that their byte
-names, and the buckets are summed up by bits at the end.
+MatAdd, ``b V`` with ``b`` of 0 and 1, packs 8 of its bits to a byte. For every 4 rows of V all their 16 sums are worked
+out once, each from another one by a single addition, and a row of b then adds one of them for four of its bits instead
+of one row of V a bit (V. Arlazarov, E. Dinic, M. Kronrod, I. Faradzev 1970, the method of the four Russians). For
+``b^T V`` the roles are exchanged: rows of V are added to the one of 16 buckets that their bits name, and the buckets
+are summed up by bits at the end.
 
-MatShift, ``sum_k sign (x_k >> s_k)``, shifts every input once by each number of places that a weight has, for 16 tokens
-side by side; a weight is then the offset of a row of that table, added where its sign is plus and subtracted where it
-is minus, and zeros cost nothing. The 5-bit weights are read as they are packed; the lists of offsets, two bytes a
-weight, live during the call only.
+MatShift, ``sum_k sign (x_k >> s_k)``, shifts every input once by each number of places that a weight has, with each
+sign, for 64 tokens side by side; a weight is then a row of that table, and all weights of zero are one row of zeros. So
+16 weights are 16 additions without a branch. The numbers have 16 bits where no sum can leave them, which takes half as
+long, else 32 or 64. Weights are read as they are packed; the numbers of their rows, two bytes a weight, live during the
+call only.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from retensor.compression.shiftadd.loops import (
-    BLOCK,
-    LANES,
     MOST_SHIFT,
     bucket_sums,
     codes,
-    fill,
-    largest,
     masked_sums,
-    shifted_linear,
+    plan,
     shifted_sums,
-    span,
-    to_fixed,
 )
+from retensor.compression.shiftadd.vectors import STEP, WIDE
 
 WORK = 4_000_000
 """Additions below which another thread would cost more than it saves."""
@@ -134,15 +131,14 @@ def mat_shift(x: torch.Tensor, shift: torch.Tensor, sign: torch.Tensor) -> torch
     Returns
     -------
     torch.Tensor
-        int64, of shape (..., outputs). Added in 32 bits where no sum can leave them, which is seen from the largest
-        input and the weights, and in 64 otherwise.
+        int64, of shape (..., outputs).
 
     Raises
     ------
     TypeError
         Where x is of no whole type.
     ValueError
-        Where P or a sign is out of range, or the shapes do not fit.
+        Where P or a sign is out of range or no whole number, the shapes do not fit, or a sum may leave 64 bits.
 
     Examples
     --------
@@ -159,18 +155,17 @@ def mat_shift(x: torch.Tensor, shift: torch.Tensor, sign: torch.Tensor) -> torch
         )
     if shift.numel() and not (int(shift.min()) >= -MOST_SHIFT and int(shift.max()) <= 0):
         raise ValueError(f"P lies between -{MOST_SHIFT} and 0, not {int(shift.min())} to {int(shift.max())}")
+    if shift.is_floating_point() and bool((shift != shift.round()).any()):
+        raise ValueError("P are whole numbers, and some are none; round them first")
     if bool(((sign != 0) & (sign.abs() != 1)).any()):
         raise ValueError("a sign is -1, 0 or 1, and some are none of these")
     bits, zero = 6, MOST_SHIFT + 1
     coded = torch.where(sign == 0, zero, -shift.to(torch.int64) + (sign < 0) * (zero + 1)).to(torch.uint8)
-    rows = x.reshape(-1, x.shape[-1])
-    fixed = np.ascontiguousarray(rows.cpu().numpy().astype(np.int64 if x.dtype == torch.int64 else np.int32))
-    lists = _lists(coded.reshape(-1).cpu().contiguous().numpy(), bits, *shift.shape)
-    if not _fits_32(fixed, lists):
-        fixed = fixed.astype(np.int64)
-    out = np.empty((len(fixed), len(shift)), fixed.dtype)
-    _over_rows(lambda a, b: shifted_sums(fixed[a:b], *lists[:5], out[a:b]), len(out), shift.numel())
-    return torch.from_numpy(out.astype(np.int64)).reshape(*x.shape[:-1], len(shift)).to(x.device)
+    rows = x.reshape(-1, x.shape[-1]).cpu().to(torch.int64).contiguous()
+    largest = max(-int(rows.min()), int(rows.max())) if rows.numel() else 0
+    out = np.empty((len(rows), len(shift)), np.int64)
+    _shifted(rows.numpy(), largest, coded.reshape(-1).cpu().contiguous().numpy(), bits, out, (np.int32, np.int64))
+    return torch.from_numpy(out).reshape(*x.shape[:-1], len(shift)).to(x.device)
 
 
 def shift_linear(
@@ -217,51 +212,83 @@ def _shift_linear(
     exponent: int,
 ) -> torch.Tensor:  # fmt: skip
     inputs = x.shape[-1]
-    rows = x.detach().reshape(-1, inputs).to(device="cpu", dtype=torch.float32).contiguous().numpy()
-    fixed = np.empty(rows.shape, np.int32)
-    if not to_fixed(rows, 2.0**frac_bits, float((2 ** (31 - frac_bits) - 1) * 2**frac_bits), fixed):
-        raise ValueError("an input of a shift layer is not a number; look for the first layer whose output is not")
-    lists = _lists(codes(packed.cpu().numpy(), bits, outputs * inputs), bits, outputs, inputs)
-    if not _fits_32(fixed, lists):
-        fixed = fixed.astype(np.int64)
-    offset = np.zeros(outputs, np.float32) if bias is None else bias.detach().cpu().to(torch.float32).numpy()
-    out = np.empty((len(rows), outputs), np.float32)
-    unit = np.float32(2.0 ** (exponent - frac_bits))
-    _over_rows(
-        lambda a, b: shifted_linear(fixed[a:b], *lists[:5], unit, offset, out[a:b]),
-        len(out), outputs * inputs,
+    rows = x.detach().reshape(-1, inputs).to(device="cpu", dtype=torch.float32).contiguous()
+    largest = 0
+    if rows.numel():
+        # Of numbers one of which is none neither is a number.
+        low, high = (float(end) for end in rows.aminmax())
+        if low != low:
+            raise ValueError("an input of a shift layer is not a number; look for the first layer whose output is not")
+        largest = min(2**31, math.ceil(min(2.0**31, max(-low, high) * 2.0**frac_bits)))
+    out = torch.empty(len(rows), outputs)
+    _shifted(
+        rows.numpy(), largest, codes(packed.cpu().numpy(), bits, outputs * inputs), bits, out.numpy(),
+        (np.int16, np.int32, np.int64), frac_bits, 2.0 ** (exponent - frac_bits), bias,
     )  # fmt: skip
-    return torch.from_numpy(out).reshape(*x.shape[:-1], outputs).to(device=x.device, dtype=x.dtype)
+    return out.reshape(*x.shape[:-1], outputs).to(device=x.device, dtype=x.dtype)
+
+
+def _shifted(
+    x: Any, largest: int, coded: Any, bits: int, out: Any, widths: tuple[Any, ...], frac_bits: int = 0,
+    scale: float = 1.0, bias: torch.Tensor | None = None,
+) -> None:  # fmt: skip
+    """Sums of shifted x into ``out``, as numbers of the first of ``widths`` that no sum can leave."""
+    (tokens, inputs), outputs = x.shape, out.shape[1]
+    if not (tokens and outputs):
+        return
+    named, rows, counts, heaviest = plan(coded, 2 ** (bits - 1), outputs, inputs)
+    # A shift may round one unit away from zero, and every input lies in the table as it is.
+    most = max(largest * max(1.0, heaviest) + inputs, largest + 1)
+    fitting = [width for width in widths if most < np.iinfo(width).max]
+    if not fitting:
+        raise ValueError(
+            f"sums of {inputs} inputs of up to {largest} may leave 64 bits; shift the inputs before, or split them"
+        )
+    like = np.empty(0, fitting[0])
+    offset = np.zeros(-(-outputs // STEP) * STEP, np.float32)
+    if bias is not None:
+        offset[:outputs] = bias.detach().cpu().to(torch.float32).numpy()
+    saturated = 2**31 - 2**frac_bits
+
+    def run(first: int, last: int) -> None:
+        shifted_sums(
+            x[first:last], named, rows, counts, like, np.float32(2.0**frac_bits), saturated, np.float32(scale), offset,
+            out[first:last],
+        )  # fmt: skip
+
+    lanes = WIDE // like.itemsize
+    blocks = -(-tokens // lanes)
+    _in_parts(lambda a, b: run(a * lanes, min(tokens, b * lanes)), blocks, tokens * outputs * inputs)
 
 
 def _packed_rows(bits: torch.Tensor) -> torch.Tensor:
-    found = np.packbits(bits.detach().cpu().contiguous().numpy(), axis=-1, bitorder="little")
-    return torch.from_numpy(found).to(bits.device)
+    rows = bits.detach().cpu().contiguous().numpy()
+    if rows.shape[-1] % 8:
+        return torch.from_numpy(np.packbits(rows, axis=-1, bitorder="little")).to(bits.device)
+    # Rows of whole bytes are one long row, which is packed many times as fast.
+    packed = np.packbits(rows.reshape(-1), bitorder="little").reshape(*rows.shape[:-1], rows.shape[-1] // 8)
+    return torch.from_numpy(packed).to(bits.device)
 
 
 def _summed(packed: torch.Tensor, values: torch.Tensor, columns: int, transposed: bool) -> torch.Tensor:
     lead, (count, width) = values.shape[:-2], values.shape[-2:]
-    rows = packed.shape[-2]
-    wide = torch.promote_types(values.dtype, torch.float32 if values.is_floating_point() else torch.int64)
-    padded = -(-width // LANES) * LANES
-    v = values.detach().reshape(-1, count, width).to(device="cpu", dtype=wide)
+    wide = values.dtype
+    if wide not in (torch.float32, torch.float64):
+        wide = torch.promote_types(wide, torch.float32 if wide.is_floating_point else torch.int64)
+    v = values.detach().to(device="cpu", dtype=wide)
+    padded = -(-width // STEP) * STEP
     if padded != width:
         v = torch.nn.functional.pad(v, (0, padded - width))
-    v = v.contiguous().numpy()
-    p = packed.reshape(-1, rows, packed.shape[-1]).cpu().contiguous().numpy()
-    out = np.zeros((len(v), columns if transposed else rows, padded), v.dtype)
-    at_once = _at_once(rows, columns, transposed)
+    v = v.contiguous().numpy().reshape(-1, count, padded)
+    p = packed.cpu().contiguous().numpy().reshape(-1, *packed.shape[-2:])
+    rows = p.shape[1]
+    made = torch.zeros(*lead, columns if transposed else rows, padded, dtype=wide)
+    out = made.numpy().reshape(len(v), -1, padded)
     kernel = bucket_sums if transposed else masked_sums
-    work = rows * -(-columns // at_once) * padded
-    _in_parts(lambda a, b: kernel(p[a:b], v[a:b], columns, at_once, out[a:b]), len(v), len(v) * work)
-    made = torch.from_numpy(out)[..., :width].reshape(*lead, out.shape[1], width)
+    _in_parts(lambda a, b: kernel(p[a:b], v[a:b], columns, out[a:b]), len(v), len(v) * rows * columns * padded // 4)
+    if padded != width:
+        made = made[..., :width]
     return made.to(device=values.device, dtype=values.dtype)
-
-
-def _at_once(rows: int, columns: int, transposed: bool) -> int:
-    """Bits a table is made for, 8 or 4: whichever adds less."""
-    cost = {b: -(-columns // b) * ((2 if transposed else 1) * 2**b + rows) for b in (4, 8)}
-    return min(cost, key=cost.__getitem__)
 
 
 def _in_parts(run: Callable[[int, int], Any], count: int, work: int) -> None:
@@ -274,43 +301,6 @@ def _in_parts(run: Callable[[int, int], Any], count: int, work: int) -> None:
     bounds = [count * i // parts for i in range(parts + 1)]
     with ThreadPoolExecutor(parts) as pool:
         list(pool.map(run, bounds[:-1], bounds[1:]))
-
-
-def _over_rows(run: Callable[[int, int], Any], rows: int, size: int) -> None:
-    blocks = -(-rows // LANES)
-    _in_parts(lambda a, b: run(a * LANES, min(rows, b * LANES)), blocks, rows * size)
-
-
-class _Lists(NamedTuple):
-    """The weights of a layer as offsets in a table.
-
-    ``added`` and ``taken`` count, for every output and block of inputs, what is added from the front of its offsets and
-    subtracted from their back; a table has ``span`` rows an input, the first shifted by ``low`` places; ``heaviest`` is
-    the largest sum of the weights of an output, without signs.
-    """
-
-    offsets: Any
-    added: Any
-    taken: Any
-    low: int
-    span: int
-    heaviest: float
-
-
-def _lists(coded: Any, bits: int, outputs: int, inputs: int) -> _Lists:
-    parts = -(-inputs // BLOCK)
-    offsets = np.empty(outputs * inputs + 1, np.uint16)
-    added, taken = (np.zeros((outputs, parts), np.int32) for _ in range(2))
-    low, high, heaviest = span(coded, 2 ** (bits - 1), outputs, inputs)
-    fill(coded, 2 ** (bits - 1), outputs, inputs, low, high - low + 1, offsets, added, taken)
-    return _Lists(offsets, added, taken, low, high - low + 1, heaviest)
-
-
-def _fits_32(fixed: Any, lists: _Lists) -> bool:
-    if fixed.dtype != np.int32:
-        return False
-    # A shift may round one unit away from zero.
-    return bool(float(largest(fixed)) * lists.heaviest + fixed.shape[1] < 2**31)
 
 
 @torch.library.custom_op("retensor::shiftadd_pack_rows", mutates_args=())

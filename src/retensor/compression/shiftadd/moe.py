@@ -235,7 +235,7 @@ class LayerRouting:
     ----------
     name : str
     tokens : tuple of int
-        That multiplied and that shifted in the layer's last pass; of a layer without a router all that it counted.
+        That multiplied and that shifted in the layer's last pass.
     saturated : int
         Inputs beyond the fixed-point range since the layer was made.
     """
@@ -303,9 +303,9 @@ def router_report(model: nn.Module, x: Any = None) -> RouterReport:
 def saturations(model: nn.Module) -> dict[str, int]:
     """Inputs beyond the fixed-point range, by the name of every shift layer that had some."""
     return {
-        name: int(layer.saturated)
+        name: int(count)
         for name, layer in model.named_modules()
-        if isinstance(layer, ShiftLinear) and int(layer.saturated)
+        if isinstance(count := getattr(layer, "saturated", None), torch.Tensor) and int(count)
     }
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from retensor.compression.shiftadd.attention import AddAttention
 from retensor.compression.shiftadd.kernels import pack_rows, packed_mat_add, shift_linear
 from retensor.compression.shiftadd.moe import Gate, MoELinear, attach_report
-from retensor.compression.shiftadd.shift import ShiftLinear, check_bits, fixed_point
+from retensor.compression.shiftadd.shift import ShiftLinear, check_bits, fixed_point, saturating
 from retensor.errors import RetensorError
 from retensor.quantizing import Grid, pack, packed_bytes, powers_of_two
 from retensor.quantizing.packing import unpacked
@@ -93,8 +93,8 @@ class PackedShiftLinear(Replacement):
 
     Parameters
     ----------
-    in_features, out_features, bias, weight_bits, act_frac_bits, exponent
-        As of :class:`ShiftLinear`.
+    in_features, out_features, bias, weight_bits, act_frac_bits, exponent, strict
+        As of :class:`ShiftLinear`; inputs beyond the fixed-point range are counted in ``saturated`` here too.
 
     Examples
     --------
@@ -105,6 +105,7 @@ class PackedShiftLinear(Replacement):
     """
 
     codes: torch.Tensor
+    saturated: torch.Tensor
 
     def __init__(
         self,
@@ -115,22 +116,24 @@ class PackedShiftLinear(Replacement):
         weight_bits: int = 5,
         act_frac_bits: int = 16,
         exponent: int = 0,
+        strict: bool = False,
     ) -> None:
         super().__init__()
-        check_flags(bias=bias)
+        check_flags(bias=bias, strict=strict)
         check_bits(weight_bits, act_frac_bits)
         self.in_features, self.out_features = in_features, out_features
         self.weight_bits, self.act_frac_bits, self.exponent = weight_bits, act_frac_bits, exponent
+        self.strict = strict
         size = packed_bytes(in_features * out_features, weight_bits)
         self.register_buffer("codes", torch.zeros(size, dtype=torch.uint8))
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
+        self.register_buffer("saturated", torch.zeros((), dtype=torch.int64), persistent=False)
 
     @classmethod
     def from_shift(cls, layer: ShiftLinear) -> Self:
         """The packed form of a trained layer."""
         settings = layer.config()
-        for unused in ("variant", "strict"):
-            settings.pop(unused)
+        settings.pop("variant")
         made = cls(**settings).to(layer.effective_weight().device).train(layer.training)
         with torch.no_grad():
             made.codes.copy_(pack(made.grid().encode(layer.effective_weight() / 2.0**layer.exponent), made.weight_bits))
@@ -149,8 +152,18 @@ class PackedShiftLinear(Replacement):
         return self.grid().decode(codes).reshape(self.out_features, self.in_features) * 2.0**self.exponent
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Of shape (..., outputs) and the type of ``x``."""
+        """Of shape (..., outputs) and the type of ``x``.
+
+        Raises
+        ------
+        RetensorError
+            Where an input lies beyond the fixed-point range, and the layer is strict; or in training mode.
+        ValueError
+            Where an input is not a number.
+        """
         refuse_training(self)
+        if not torch.compiler.is_compiling():
+            self.saturated += saturating(x, self.act_frac_bits, self.strict)
         return shift_linear(
             x, self.codes, self.bias, self.out_features, self.weight_bits, self.act_frac_bits, self.exponent
         )
@@ -164,7 +177,12 @@ class PackedShiftLinear(Replacement):
             "weight_bits": self.weight_bits,
             "act_frac_bits": self.act_frac_bits,
             "exponent": self.exponent,
+            "strict": self.strict,
         }
+
+    def loaded(self, model: nn.Module) -> None:
+        """A count that no file keeps begins anew."""
+        self.saturated.zero_()
 
     def to_dense(self) -> nn.Linear:
         """A plain layer of the same weights."""
