@@ -20,14 +20,16 @@ from retensor.data.reference import digits_vit
 from retensor.quantizing import ActivationQuantizer, Affine
 from retensor.replacing import fold_norms
 
-TUNING, SEEDS, FEW_SEEDS = 0, (1, 2, 3, 4), (1, 2, 3)
+TUNING, SEEDS, FEW_SEEDS = 0, (1, 2, 3), (1, 2, 3)
 CALIBRATION, BATCH, STEPS = 256, 16, 250
 EPOCHS = {"vit": 40, "cnn": 15}
 SENTENCES, WORDS, SENTENCE_BATCH, SENTENCE_STEPS, JUDGED = 96, 24, 8, 50, 128
 TUNED_LAYERS = 2
+TEST, ENDS = 597 / 1797, 8
+"""Share of the pictures to test with, and bits of the first and the last layer of digit networks."""
 RATES: dict[tuple[str, int], dict[str, tuple[float, ...]]] = {
     ("vit", 3): {
-        "flexround": (3e-3, 1e-2, 3e-2),
+        "flexround": (1e-2, 3e-2, 1e-1),
         "lrq": (1e-2, 3e-2, 1e-1),
         "adaquant": (3e-4, 1e-3, 3e-3),
         "adaround": (3e-2, 1e-1, 3e-1),
@@ -50,6 +52,10 @@ RATES: dict[tuple[str, int], dict[str, tuple[float, ...]]] = {
 }
 """Around the best of a wider range that was tried once on the tuning seed."""
 PENALTIES = (1e-2, 1e-1)
+FURTHER = 1
+"""How often the next rate is tried where the best so far is the lowest or the highest."""
+AHEAD = (1.0, 10.0)
+"""Rates of AdaQuant's step relative to that of what is added, which has another unit."""
 
 
 class Inverted(nn.Module):
@@ -100,6 +106,8 @@ class Setting:
     method: str
     lr: float = 0.0
     regularisation: float = 0.01
+    ahead: float = 1.0
+    """By how many times the rate of the step ``s1`` is that of the rest."""
     learn_step: bool = True
     scales: bool = True
     act: str = ""
@@ -108,7 +116,7 @@ class Setting:
     @property
     def rival(self) -> Setting:
         """The same without what is tuned."""
-        return replace(self, lr=0.0, regularisation=0.01)
+        return replace(self, lr=0.0, regularisation=0.01, ahead=1.0)
 
 
 @dataclass(frozen=True)
@@ -128,7 +136,7 @@ class Outcome:
 
 def trained(network: str, seed: int) -> dict[str, torch.Tensor]:
     """The state of a digit network after training, without normalisations; a job of its own."""
-    data = digits()
+    data = digits(test=TEST)
     with seeded(seed):
         model = NETWORKS[network]()
     fit(model, data.x, data.y, steps=EPOCHS[network] * len(data.x) // 64, seed=seed)
@@ -146,12 +154,12 @@ def rebuilt(network: str, state: dict[str, torch.Tensor]) -> nn.Module:
 @torch.no_grad()
 def digits_run(state: dict[str, torch.Tensor], seed: int, setting: Setting, judged: bool) -> Outcome:
     """Put a digit network in few bits; it is judged by test pictures, or by others for training that it did not see."""
-    model, data = rebuilt(setting.network, state), digits()
+    model, data = rebuilt(setting.network, state), digits(test=TEST)
     order = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(seed))
     seen, others = data.x[order[:CALIBRATION]], order[CALIBRATION:]
     x, y = (data.x_test, data.y_test) if judged else (data.x[others], data.y[others])
     with torch.enable_grad():
-        few = put(model, seen, setting, STEPS, BATCH, seed, ends=8 if setting.network == "cnn" else None)
+        few = put(model, seen, setting, STEPS, BATCH, seed, ends=ENDS)
     error = float((few.model(x) - model(x)).square().mean())
     return outcome(few, error, accuracy(few.model, x, y), accuracy(model, x, y))
 
@@ -203,7 +211,8 @@ def put(
 ) -> flexround.Quantized:
     """A model in few bits by a setting: one step for each weight, by its range."""
     return flexround.quantize(
-        model, seen, weight=Affine(setting.bits), method=setting.method, lr=setting.lr, steps=steps, batch=batch,
+        model, seen, weight=Affine(setting.bits), method=setting.method, lr=setting.lr,
+        step_lr=setting.ahead * setting.lr, steps=steps, batch=batch,
         act=ActivationQuantizer(8, mode=setting.act) if setting.act else None, ends=ends, seed=seed,  # type: ignore[arg-type]
         regularisation=setting.regularisation, learn_step=setting.learn_step, rows=setting.scales,
         columns=setting.scales,
@@ -221,12 +230,19 @@ def outcome(few: flexround.Quantized, error: float, right: float, whole: float) 
 
 
 def grid(setting: Setting) -> list[Setting]:
-    """What is tried of a method: three rates, and AdaRound's at two weights of its regulariser."""
+    """What is tried of a method at first: three rates, AdaRound's at weights of its regulariser, AdaQuant's at two of
+    the step's own."""
     if setting.method == "rtn":
         return [setting]
     rates = RATES[setting.network, setting.bits][setting.method]
     penalties = PENALTIES if setting.method == "adaround" else (0.01,)
-    return [replace(setting, lr=lr, regularisation=weight) for lr in rates for weight in penalties]
+    ahead = AHEAD if setting.method == "adaquant" else (1.0,)
+    return [
+        replace(setting, lr=lr, regularisation=weight, ahead=factor)
+        for lr in rates
+        for weight in penalties
+        for factor in ahead
+    ]
 
 
 def tuned(
@@ -234,13 +250,35 @@ def tuned(
     progress: Callable[[str], None], what: str,
 ) -> dict[Setting, Setting]:  # fmt: skip
     """Each setting with what came out best for it on the tuning seed."""
-    tried = [choice for setting in settings for choice in grid(setting) if setting.method != "rtn"]
-    found = on_all_cores(run, [(*before[TUNING], TUNING, choice, False) for choice in tried], progress, what)
-    best: dict[Setting, tuple[float, Setting]] = {}
-    for choice, out in zip(tried, found, strict=True):
-        if choice.rival not in best or out.error < best[choice.rival][0]:
-            best[choice.rival] = out.error, choice
-    return {setting: best[setting][1] if setting in best else setting for setting in settings}
+    errors: dict[Setting, dict[Setting, float]] = {s: {} for s in settings if s.method != "rtn"}
+    choices = [choice for setting in errors for choice in grid(setting)]
+    for _ in range(1 + FURTHER):
+        jobs = [(run, *before[TUNING], TUNING, choice, False) for choice in choices]
+        for choice, out in zip(choices, on_all_cores(attempt, jobs, progress, what), strict=True):
+            errors[choice.rival][choice] = out.error
+        choices = [choice for tried in errors.values() if (choice := next_rate(tried)) is not None]
+        if not choices:
+            break
+    return {s: min(errors[s], key=lambda choice: errors[s][choice]) if s in errors else s for s in settings}
+
+
+def next_rate(errors: Mapping[Setting, float]) -> Setting | None:
+    """The best of what was tried at the next rate, where its own is the lowest or the highest."""
+    best = min(errors, key=lambda choice: errors[choice])
+    rates = sorted({choice.lr for choice in errors})
+    if best.lr not in (rates[0], rates[-1]):
+        return None
+    return replace(best, lr=best.lr * (10**0.5 if best.lr == rates[-1] else 10**-0.5))
+
+
+def attempt(run: Callable[..., Outcome], *arguments: Any) -> Outcome:
+    """A run, or an infinite error where its rate was too high."""
+    try:
+        return run(*arguments)
+    except RuntimeError as error:
+        if "lower learning rate" not in str(error):
+            raise
+        return Outcome(math.inf, 0.0, 0.0, (), ())
 
 
 def measured(

@@ -23,6 +23,7 @@ PROMISES = {
     "simulate_a_wave.py": ("wrote wave.gif", ("wave.gif",)),
     "trade_products_for_shifts.py": ("energy saved: ", ("packed.safetensors",)),
     "train_experts_and_average.py": ("the folded model has the original names and shapes", ()),
+    "quantize_a_vit.py": ("the file gives the same outputs: True", ("few.safetensors",)),
     "train_in_four_bits.py": (
         "trained in e2m1·ue5m3+ts·16; the same names and shapes as in float32",
         ("frontier.svg", "runs.jsonl"),

@@ -98,6 +98,15 @@ SYSTEMS = (
         ("flexround",),
     ),
     System(
+        "APHQ-ViT",
+        "compression",
+        "retensor.compression.aphq",
+        "vision transformers with weights and activations in few bits",
+        "Wu, Zhang, Chen, Guo, Huang, Wang 2025",
+        "2504.02508",
+        ("aphq_vit",),
+    ),
+    System(
         "JLCM",
         "compression",
         "retensor.compression.jlcm",

@@ -12,6 +12,7 @@ import torch
 from benchmarks.claim_flexround import Times, compared, parts, reached
 from benchmarks.flexround_costs import blocks, stepper, tokens
 from benchmarks.flexround_trainings import (
+    AHEAD,
     PENALTIES,
     RATES,
     SEEDS,
@@ -68,8 +69,13 @@ def test_parts_help_where_most_blocks_are_worse_without_them() -> None:
     claims = parts("vit", 3, found, [fixed, alone])
     assert [claim.verdict for claim in claims] == ["held", "not held"]
     assert "75% of 8 blocks" in claims[0].ours
-    assert reached("cnn", outcomes([1.0, 1.0], beyond=0.02), 1).verdict == "held"
-    assert reached("cnn", outcomes([1.0, 1.0]), 1).verdict == "not held"
+
+
+def test_codes_beyond_both_neighbours_count_where_adaround_reaches_none() -> None:
+    none, some = outcomes([1.0, 1.0]), outcomes([1.0, 1.0], beyond=0.02)
+    for ours, theirs, wanted in ((some, none, "held"), (none, none, "not held"), (some, some, "not held")):
+        claim = reached("cnn", {"flexround": ours, "adaround": theirs, "adaquant": some}, 1)
+        assert claim.verdict == wanted
 
 
 def test_every_method_has_as_many_rates_and_the_best_on_the_tuning_seed_is_taken(
@@ -79,6 +85,7 @@ def test_every_method_has_as_many_rates_and_the_best_on_the_tuning_seed_is_taken
     assert {len(rates) for ways in RATES.values() for rates in ways.values()} == {3}
     settings = [Setting("vit", 3, name) for name in ("flexround", "adaround", "rtn")]
     assert [len(grid(setting)) for setting in settings] == [3, 3 * len(PENALTIES), 1]
+    assert len(grid(Setting("vit", 3, "adaquant"))) == 3 * len(AHEAD)
     seen: list[tuple[int, Setting, bool]] = []
 
     def run(seed: int, setting: Setting, judged: bool) -> Outcome:
@@ -97,6 +104,31 @@ def test_every_method_has_as_many_rates_and_the_best_on_the_tuning_seed_is_taken
     assert best[settings[1]].regularisation == min(PENALTIES)
     assert all(seed == TUNING and not judged for seed, _, judged in seen)
     assert replace(best[settings[0]], lr=0.0) == settings[0]
+
+
+def test_further_rates_are_tried_where_the_best_is_at_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = max(RATES["vit", 3]["flexround"]) * 10**0.5
+    seen: list[float] = []
+
+    def run(seed: int, setting: Setting, judged: bool) -> Outcome:
+        seen.append(setting.lr)
+        if setting.lr > 1.1 * wanted:
+            raise RuntimeError("the loss of '0' is nan at step 1; take a lower learning rate")
+        return outcomes([abs(math.log(setting.lr / wanted))])[0]
+
+    monkeypatch.setattr(
+        flexround_trainings, "on_all_cores", lambda function, jobs, *_: [function(*job) for job in jobs]
+    )
+    setting = Setting("vit", 3, "flexround")
+    best = tuned(run, {TUNING: ()}, [setting], print, "rates")
+    assert best[setting].lr == pytest.approx(wanted)
+    assert len(seen) == 4
+
+    def broken(*_: Any) -> Outcome:
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        tuned(broken, {TUNING: ()}, [setting], print, "rates")
 
 
 def test_networks_of_the_claims_fold_and_step() -> None:

@@ -145,6 +145,17 @@ def test_gradients_are_those_of_the_definition_by_autograd() -> None:
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-10)
 
 
+def test_gradients_are_finite_where_a_quotient_is_not() -> None:
+    weight = torch.tensor([[1.0, -2.0, 0.5]]).requires_grad_()
+    learner = flexround.FlexRound(weight.detach(), Affine(3))
+    with torch.no_grad():
+        learner.log_S2[0, 1] = -100.0
+    learner(weight).sum().backward()
+    for grad in (weight.grad, learner.log_S2.grad, learner.log_s1.grad):
+        assert bool(torch.isfinite(grad).all())
+    assert weight.grad[0, 1] == 0 == learner.log_S2.grad[0, 1]
+
+
 def test_twice_the_weight_has_twice_the_gradient_where_an_added_one_has_the_same() -> None:
     weight, quantizer = heavy((12, 20), 0, torch.float64), Affine(8, symmetric=True)
     # A step that clips neither.

@@ -262,6 +262,7 @@ def test_the_same_seed_gives_the_same_codes_wherever_samples_are_kept(tmp_path: 
         ({"weight": 4}, TypeError, "weight is a"),
         ({"act": 8}, TypeError, "act is a"),
         ({"method": "gptq"}, ValueError, "flexround, lrq, adaquant, adaround, rtn"),
+        ({"method": ["rtn"]}, ValueError, "flexround, lrq, adaquant, adaround, rtn"),
         ({"ends": 1}, ValueError, "ends"),
         ({"ends": True}, ValueError, "ends"),
         ({"lr": -1.0}, ValueError, "lr"),

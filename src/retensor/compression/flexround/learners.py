@@ -281,16 +281,18 @@ class _Divided(torch.autograd.Function):
         divided = torch.neg(d).exp_().mul_(weight * (1.0 / s1))
         whole = torch.round(divided)
         clipped = whole.clamp(low, high)
-        inside = clipped == whole
-        free = divided.mul_(inside)
-        ctx.save_for_backward(free, clipped, s1, d if ctx.needs_input_grad[0] else None, inside)
+        outside = clipped != whole
+        # Filled, not multiplied: beyond the range a quotient may be infinite.
+        free = divided.masked_fill_(outside, 0)
+        kept = (d, outside) if ctx.needs_input_grad[0] else (None, None)
+        ctx.save_for_backward(free, clipped, s1, *kept)
         return clipped * s1
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        free, clipped, s1, d, inside = ctx.saved_tensors
-        to_weight = grad * inside * torch.exp(-d) if ctx.needs_input_grad[0] else None
+        free, clipped, s1, d, outside = ctx.saved_tensors
+        to_weight = (grad * torch.exp(-d)).masked_fill_(outside, 0) if ctx.needs_input_grad[0] else None
         inner = grad * free
         to_step = (grad * clipped).sub_(inner).sum_to_size(s1.shape) if ctx.needs_input_grad[2] else None
         to_d = inner.mul_(-s1) if ctx.needs_input_grad[1] else None

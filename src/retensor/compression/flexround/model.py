@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -165,43 +164,19 @@ def quantize(
         regularisation=regularisation,
         seed=seed,
     )
-    with _without_caches(model) as cached:
-        done = reconstruct(
-            model,
-            calibration,
-            rounding,
-            blocks=blocks,
-            steps=steps,
-            batch=batch,
-            input_mix=input_mix,
-            held_out=held_out,
-            storage=storage,
-            seed=seed,
-        )
-    for name in cached:
-        done.model.get_submodule(name).config.use_cache = True
+    done = reconstruct(
+        model,
+        calibration,
+        rounding,
+        blocks=blocks,
+        steps=steps,
+        batch=batch,
+        input_mix=input_mix,
+        held_out=held_out,
+        storage=storage,
+        seed=seed,
+    )
     return Quantized(done.model, done.report)
-
-
-@contextmanager
-def _without_caches(model: Any) -> Iterator[list[str]]:
-    """Language models of transformers that keep no keys and values of earlier calls; names of those that did.
-
-    A block that is called again and again with the same object of a cache would add to it each time.
-    """
-    modules = model.named_modules() if isinstance(model, nn.Module) else ()
-    cached = [(name, module) for name, module in modules if getattr(_config(module), "use_cache", None) is True]
-    try:
-        for _, module in cached:
-            module.config.use_cache = False
-        yield [name for name, _ in cached]
-    finally:
-        for _, module in cached:
-            module.config.use_cache = True
-
-
-def _config(module: nn.Module) -> Any:
-    return getattr(module, "config", None)
 
 
 def _check(weight: Any, act: Any, method: Any, ends: Any, **rates: Any) -> None:
@@ -209,7 +184,7 @@ def _check(weight: Any, act: Any, method: Any, ends: Any, **rates: Any) -> None:
         raise TypeError(f"weight is a retensor.quantizing.Affine, not {described(weight)}")
     if act is not None and not isinstance(act, ActivationQuantizer):
         raise TypeError(f"act is a retensor.quantizing.ActivationQuantizer or None, not {described(act)}")
-    if method not in RATES:
+    if not isinstance(method, str) or method not in RATES:
         raise ValueError(f"method is {described(method)}; it is one of {', '.join(RATES)}")
     if ends is not None and (isinstance(ends, bool) or not isinstance(ends, int) or not 2 <= ends <= 8):
         raise ValueError(f"ends is a number of bits from 2 to 8, not {described(ends)}")
