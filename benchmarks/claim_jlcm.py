@@ -41,7 +41,7 @@ SOURCE = (
 )
 SHARES = (0.01, 0.1, 0.3)
 STARTS = ("k-means", "equal steps")
-ASKED, POINTS = 3.0, 2.0
+ASKED, POINTS, MARGIN = 3.0, 2.0, 0.5
 OURS = "proximal, 1/t"
 
 
@@ -68,16 +68,20 @@ def learning(progress: Callable[[str], None]) -> tuple[list[Claim], list[Table]]
         k: min((out["error"], job[3]) for job, out in zip(jobs, done, strict=True) if job[1] == k)[1] for k in (4, 16)
     }
     # Layers are judged at the rate that whole models were tuned to.
-    tried = [(seed, Way(k), rates[4], (), False, steps) for k in (4, 8) for seed in SEEDS for steps in (0, STEPS)]
+    seeds = {4: SEEDS, 8: FEW_SEEDS}
+    tried = [(seed, Way(k), rates[4], (), False, steps) for k in seeds for seed in seeds[k] for steps in (0, STEPS)]
     found = dict(zip(tried, on_all_cores(layerwise, tried, progress, "models, layer by layer"), strict=True))
     names = list(next(iter(found.values())))
     shown, ratios = [], {}
     for k, name in product((4, 8), names):
-        pair = [[100 * found[seed, Way(k), rates[4], (), False, steps][name] for seed in SEEDS] for steps in (0, STEPS)]
+        pair = [
+            [100 * found[seed, Way(k), rates[4], (), False, steps][name] for seed in seeds[k]] for steps in (0, STEPS)
+        ]
         ratios[k, name] = Mean.of([before / after for before, after in zip(*pair, strict=True)])
         shown.append((f"k = {k}", name, str(Mean.of(pair[0])), str(Mean.of(pair[1])), str(ratios[k, name])))
     at_four = [ratios[4, name] for name in names]
     means = [mean.mean for mean in at_four]
+    middle = statistics.median(means)
     above = sum(mean.above(ASKED) for mean in at_four)
     claims = [
         Claim(
@@ -86,11 +90,11 @@ def learning(progress: Callable[[str], None]) -> tuple[list[Claim], list[Table]]
             f"{CALIBRATION} pictures; error of outputs on test pictures, 5 seeds",
             "optimal k-means of the weights",
             "better",
-            f"{statistics.median(means):.1f} times less error in the median layer, {min(means):.1f} to "
+            f"{middle:.1f} times less error in the median layer, {min(means):.1f} to "
             f"{max(means):.1f}; {ASKED:g} times less or better in {above} of {len(names)} layers (95 % interval)",
-            verdict(above == len(names), statistics.median(means) > ASKED),
-            "" if above == len(names) else "Held at the median. For uncorrelated inputs nearest codes are the best: "
-            "the patch embedding, of four inputs, gains nothing.",
+            verdict(above == len(names), middle > ASKED),
+            "" if above == len(names) else f"{'Held' if middle > ASKED else 'Not held'} at the median. For "
+            f"uncorrelated inputs nearest codes are the best; least is gained by '{names[means.index(min(means))]}'.",
         )
     ]  # fmt: skip
     kept = [(seed, k, 4, rates[k], steps) for k in (4, 16) for seed in SEEDS for steps in (0, STEPS)]
@@ -124,13 +128,15 @@ def learning(progress: Callable[[str], None]) -> tuple[list[Claim], list[Table]]
             f"{gain.mean - gain.half:+.2f}.",
         ),
         Claim(
-            "(ours) Sixteen codewords are no less accurate than 4-bit integers with more bytes.",
+            f"(ours) Sixteen codewords are no less accurate, within {MARGIN:g} points, than 4-bit integers with more "
+            "bytes.",
             f"{setting}, k = 16, {table[3][1]} and {ints[4, 16][0][1]:.2f} bits a weight",
-            "torchao int4 weight-only, groups of 16 (rows have 48 inputs)",
+            "torchao int4 weight-only, groups of 16 (rows have 48 inputs), symmetric or not, whichever is nearer "
+            "on training pictures; its patch embedding stays in float32",
             "none",
             f"{even} points",
-            verdict(not even.below()),
-            "Held where the 95 % interval does not lie below nothing.",
+            verdict(even.above(-MARGIN)),
+            f"Held where the whole 95 % interval lies above -{MARGIN:g} points.",
         ),
     ]
     columns = ("Weights", "Bits a weight", "Test accuracy, %", "Error of outputs, %")
@@ -153,7 +159,10 @@ def gradients(progress: Callable[[str], None]) -> tuple[list[Claim], list[Table]
         shown.append(
             (f"k = {k}", f"{share:.0%}", "flat" if flat else "distances", way, mean, longest, f"{changed:.2%}")
         )
-    nearer = [found[OURS]["mean_jump"] <= found[DEFAULT]["mean_jump"] for found in jumps.values()]
+    # Where nothing moves there is no jump to be short.
+    nearer = [
+        found[OURS]["flips"] > 0 and found[OURS]["mean_jump"] <= found[DEFAULT]["mean_jump"] for found in jumps.values()
+    ]
     alone = {
         way: statistics.fmean(found[way]["mean_jump"] for (_, _, flat, _), found in jumps.items() if flat)
         for way in (OURS, DEFAULT)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import statistics
+import tracemalloc
 import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import torch
 from benchmarks.jlcm_trainings import layers_of, model_of
@@ -15,28 +17,37 @@ from torch import nn
 
 from retensor.claims import Claim, Table
 from retensor.compression import jlcm
+from retensor.compression.jlcm.grouping import equal_bounds
+from retensor.compression.jlcm.reorder import row_orders
 from retensor.data import accuracy, minilm, sentences
-from retensor.quantizing.units import LAYERS
 
 GROUPS, K = 4, 4
 MOST = 2_000_000_000
 SIZE = 2048
 ROUNDS = 15
 SENTENCES = 32
+FLAT, LINEAR = 1.15, 1.1
 
 Rows = tuple[list[Claim], list[Table]]
 
 
-def orders(progress: Callable[[str], None]) -> Rows:
-    """Neurons in the order of their groups: outputs stay."""
+@cache
+def traced() -> dict[str, tuple[nn.Module, Any, jlcm.Trace]]:
+    """Two models, an input of each, and which of their channels can be reordered."""
     model, tokenizer = minilm()
     given = dict(tokenizer(sentences()[:4], padding=True, return_tensors="pt"))
     vit, data, _, _ = model_of(1)
+    found = {"all-MiniLM-L6-v2": (model, given), "ViT on digits": (vit, data.x_test[:4])}
+    return {name: (net, example, jlcm.trace(net, example)) for name, (net, example) in found.items()}
+
+
+def orders(progress: Callable[[str], None]) -> Rows:
+    """Neurons in the order of their groups: outputs stay."""
     rows = []
-    for name, net, example in (("all-MiniLM-L6-v2", model, given), ("ViT on digits", vit, data.x_test[:4])):
+    for name, (net, example, trace) in traced().items():
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "the rows of")
-            found = jlcm.reorder(net, example, groups=GROUPS)
+            found = jlcm.reorder(net, example, groups=GROUPS, found=trace)
         off = []
         for kind in (torch.float32, torch.float64):
             one, other = (copy.deepcopy(made).to(kind).eval() for made in (net, found.model))
@@ -94,7 +105,8 @@ def sizes(progress: Callable[[str], None]) -> Rows:
 def grouping(progress: Callable[[str], None]) -> Rows:
     """Squared error of the nearest codes: groups by distribution, by scale and by chance, and one codebook."""
     claims, tables = [], []
-    for name, net in (("ViT on digits", model_of(1)[0]), ("all-MiniLM-L6-v2", minilm()[0])):
+    for name, (net, _, trace) in traced().items():
+        own = {label for label, order in row_orders(net, trace).items() if order.own}
         rows, right, fair, gains, scaled = [], 0, 0, [], 0
         layers = [label for label in layers_of(net) if net.get_submodule(label).weight.shape[0] >= 4 * GROUPS]
         for label in layers:
@@ -105,7 +117,10 @@ def grouping(progress: Callable[[str], None]) -> Rows:
                 labels = jlcm.group_rows(weight, groups, "std" if way == "one" else way)
                 coded = jlcm.nearest_codes(weight, K, labels, groups)
                 error[way] = float((coded.weight().reshape(weight.shape) - weight).square().mean())
-                bits[way] = 8 * jlcm.Coding(K, jlcm.Layout(groups, len(weight))).nbytes(tuple(weight.shape))
+                # Where the order of rows cannot be its own, each row has a label, and that is paid for too.
+                bounds = equal_bounds(len(weight), groups) if label in own or groups == 1 else None
+                layout = jlcm.Layout(groups, len(weight), bounds)
+                bits[way] = 8 * jlcm.Coding(K, layout).nbytes(tuple(weight.shape))
             # What more bits would have bought one codebook, at 6 dB a bit: a quarter of the error for each.
             even = {way: error[way] * 4 ** ((bits[way] - bits["one"]) / weight.numel()) for way in error}
             right += error["quantiles"] < error["random"] < error["one"]
@@ -121,10 +136,12 @@ def grouping(progress: Callable[[str], None]) -> Rows:
                 "four groups by chance, one codebook",
                 "none",
                 f"in this order on {right} of {len(layers)} layers; error {min(gains):.1%} to {max(gains):.1%} below "
-                f"one codebook, median {statistics.median(gains):.1%}; best on {fair} where codebooks' bytes are paid; "
-                f"nearer than rows sorted by scale and cut in equal parts on {scaled}",
+                f"one codebook, median {statistics.median(gains):.1%}; best on {fair} where codebooks, bounds and "
+                f"labels are paid for; nearer than rows sorted by scale and cut in equal parts on {scaled}",
                 verdict(right == fair == len(layers), right > len(layers) / 2),
-                "" if right == fair == len(layers) else "Small layers gain less than the codebooks' bytes are worth.",
+                ""
+                if right == fair == len(layers)
+                else "Small layers gain less than the bytes of codebooks and labels are worth.",
             )
         )
         columns = ("Layer", "By distribution", "By scale", "By chance", "By distribution, bytes paid")
@@ -134,9 +151,6 @@ def grouping(progress: Callable[[str], None]) -> Rows:
 
 def peers(progress: Callable[[str], None]) -> Rows:
     """MiniLM in 4 bits: nearest codes against torchao's integers."""
-    from torchao.quantization import IntxWeightOnlyConfig, quantize_
-    from torchao.quantization.granularity import PerAxis, PerGroup
-
     model, tokenizer = minilm()
     given = dict(tokenizer(sentences()[:SENTENCES], padding=True, truncation=True, max_length=48, return_tensors="pt"))
     with torch.no_grad():
@@ -146,29 +160,24 @@ def peers(progress: Callable[[str], None]) -> Rows:
         with torch.no_grad():
             return float((made(**given)[0] - wanted).square().sum() / wanted.square().sum())
 
-    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, LAYERS))
     rows = []
     for k in (16, 4):
         made = jlcm.compress(model, given, k=k, groups=GROUPS, iters=0)
         rows.append((f"JLCM, nearest codes, k = {k}, {GROUPS} codebooks", made.bits_per_weight, error(made.model)))
-    for label, bits, size in (("int4, groups of 32", 4, 32), ("int4, groups of 128", 4, 128), ("int8, rows", 8, 0)):
-        integers = copy.deepcopy(model)
-        granularity = PerGroup(size) if size else PerAxis(0)
-        quantize_(integers, IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{bits}"), granularity=granularity))
-        groups = sum(
-            module.weight.numel() / (size or module.weight.shape[1])
-            for module in model.modules()
-            if isinstance(module, LAYERS)
-        )
-        # Symmetric: a scale of 16 bits for each group.
-        rows.append((f"torchao {label}", bits + 16 * groups / weights, error(integers)))
-    mine, small, large = rows[0], rows[2], rows[3]
+    peers: dict[int, list[tuple[str, float, float]]] = {}
+    for bits, size, symmetric in ((4, 32, True), (4, 32, False), (4, 128, True), (4, 128, False), (8, 0, True)):
+        integers, paid = in_integers(model, bits, size, symmetric)
+        label = f"torchao int{bits}, {f'groups of {size}' if size else 'rows'}, {'' if symmetric else 'a'}symmetric"
+        peers.setdefault(size, []).append((label, paid, error(integers)))
+        rows.append(peers[size][-1])
+    # Of two ways to make integers, the nearer one.
+    mine, small, large = rows[0], *(min(peers[size], key=lambda row: row[2]) for size in (32, 128))
     nearer = [mine[2] < theirs[2] and mine[1] <= theirs[1] for theirs in (small, large)]
     claim = Claim(
         "(ours) Sixteen codewords are nearer than 4-bit integers, in no more bytes.",
         f"all-MiniLM-L6-v2, all linear layers, nothing learned; error of the last hidden states on {SENTENCES} "
         "sentences",
-        "torchao int4 weight-only (symmetric), groups of 32 and of 128",
+        "torchao int4 weight-only, groups of 32 and of 128, symmetric or not, whichever is nearer",
         "none",
         f"{mine[2]:.4f} at {mine[1]:.2f} bits against {small[2]:.4f} at {small[1]:.2f} and {large[2]:.4f} at "
         f"{large[1]:.2f}",
@@ -179,17 +188,37 @@ def peers(progress: Callable[[str], None]) -> Rows:
     return [claim], [Table("all-MiniLM-L6-v2 in few bits", columns, rows)]
 
 
-def integers_of(seed: int, bits: int, size: int) -> tuple[float, float]:
-    """A digits ViT in torchao's integers: test accuracy, and bits of a weight."""
+def in_integers(model: nn.Module, bits: int, size: int, symmetric: bool) -> tuple[nn.Module, float]:
+    """A model whose linear layers are torchao's integers, and bits of a weight: groups of ``size``, or rows for 0."""
     from torchao.quantization import IntxWeightOnlyConfig, quantize_
     from torchao.quantization.granularity import PerAxis, PerGroup
+    from torchao.quantization.quant_primitives import MappingType
 
-    model, data, _, _ = model_of(seed)
     made = copy.deepcopy(model)
-    granularity = PerGroup(size) if size else PerAxis(0)
-    quantize_(made, IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{bits}"), granularity=granularity))
-    columns = size or 48
-    return 100 * accuracy(made, data.x_test, data.y_test), bits + 16 / columns
+    config = IntxWeightOnlyConfig(
+        weight_dtype=getattr(torch, f"int{bits}"), granularity=PerGroup(size) if size else PerAxis(0),
+        mapping_type=MappingType.SYMMETRIC if symmetric else MappingType.ASYMMETRIC,
+    )  # fmt: skip
+    quantize_(made, config)
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    groups = sum(weight.numel() // (size or weight.shape[1]) for weight in weights)
+    # A scale of 16 bits for each group, and a zero point where it is not symmetric.
+    each = 16 if symmetric else 16 + bits
+    return made, bits + each * groups / sum(weight.numel() for weight in weights)
+
+
+def integers_of(seed: int, bits: int, size: int) -> tuple[float, float]:
+    """A digits ViT in torchao's integers: test accuracy, and bits of a weight.
+
+    Symmetric ones or not, by the error of the outputs on training pictures.
+    """
+    model, data, _, other = model_of(seed)
+    with torch.no_grad():
+        wanted = model(other)
+    tried = [in_integers(model, bits, size, symmetric) for symmetric in (True, False)]
+    with torch.no_grad():
+        made, paid = min(tried, key=lambda one: float((one[0](other) - wanted).square().sum()))
+    return 100 * accuracy(made, data.x_test, data.y_test), paid
 
 
 def cost(progress: Callable[[str], None]) -> Rows:
@@ -225,23 +254,26 @@ def cost(progress: Callable[[str], None]) -> Rows:
     tables = [Table("Memory of two steps", ("k", "Bytes", "Of k |W| float32"), memory)]
     progress("speed")
     rows: list[tuple[str, int, float, float, float]] = []
+    resident: list[tuple[str, int, float, float, float]] = []
     with threads(1), torch.no_grad():
         for k in (4, 16):
             net = nn.Sequential(nn.Linear(SIZE, SIZE))
             coded_net = jlcm.compress(net, torch.randn(4, SIZE), k=k, groups=1, iters=0).model
             for batch in (1, 64):
                 given = torch.randn(batch, SIZE)
-                found = times(
-                    {
-                        "dense": lambda net=net, given=given: net(given),
-                        "gather": lambda net=coded_net, given=given: net(given),
-                        "sums": lambda net=coded_net, given=given: jlcm.lut_linear(net[0], given),
-                    },
-                    ROUNDS,
-                )
+                calls = {
+                    "dense": lambda net=net, given=given: net(given),
+                    "gather": lambda net=coded_net, given=given: net(given),
+                    "sums": lambda net=coded_net, given=given: jlcm.lut_linear(net[0], given),
+                }
+                found = times(calls, ROUNDS)
+                held = {name: held_by(call) for name, call in calls.items()}
+                stays = {"dense": 4 * SIZE * SIZE, "gather": coded_net[0].nbytes, "sums": coded_net[0].nbytes}
+                resident.append((f"k = {k}", batch, *((stays[name] + held[name]) / 2**20 for name in calls)))
                 traffic = 4 * SIZE * SIZE / coded_net[0].nbytes
                 rows.append((f"k = {k}", batch, found.ratio("gather", "dense"), found.ratio("sums", "dense"), traffic))
-    held = all(row[4] >= (16 if row[0] == "k = 4" else 8) * 0.99 for row in rows)
+    enough = all(row[4] >= (16 if row[0] == "k = 4" else 8) * 0.99 for row in rows)
+    slower = all(row[2] > 1 and row[3] > 1 for row in rows)
     claims.append(
         Claim(
             "(ours) Coded layers read far fewer bytes of weights, and are slower.",
@@ -253,17 +285,32 @@ def cost(progress: Callable[[str], None]) -> Rows:
                 f"each codeword, {traffic:.0f} times fewer bytes"
                 for k, batch, gather, sums, traffic in rows
             ),
-            verdict(held),
-            "Looked up, a layer's weights stand in memory while it runs; by sums they never do.",
+            verdict(enough and slower, enough),
+            "Looked up, a layer's weights stand in memory while it runs, written once and read again; by sums they "
+            f"never do: {resident[0][2]:.1f} MB dense, {resident[0][3]:.1f} looked up, {resident[0][4]:.1f} by sums "
+            "(k = 4, batch 1)." + ("" if slower else " Not slower everywhere."),
         )
     )
     tables.append(Table("Time and bytes against dense", ("Codebook", "Batch", "Looked up", "By sums", "Bytes"), rows))
-    tables.append(_growth())
-    return claims, tables
+    columns = ("Codebook", "Batch", "Dense", "Looked up", "By sums")
+    tables.append(Table("MB of weights and of what a call holds beside them", columns, resident))
+    claim, table = _growth()
+    return [*claims, claim], [*tables, table]
 
 
-def _growth() -> Table:
-    """Time of learning by codewords and by blocks."""
+def held_by(call: Callable[[], Any]) -> int:
+    """The most bytes that torch and numpy hold during a call over what they held before."""
+    tracemalloc.start()
+    try:
+        call()
+        arrays = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    return allocated(call) + arrays
+
+
+def _growth() -> tuple[Claim, Table]:
+    """Memory of learning by blocks, and its time by codewords and by blocks."""
     torch.manual_seed(0)
     x, rows = torch.randn(64, 128), []
 
@@ -272,18 +319,37 @@ def _growth() -> Table:
             *(nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128)) for _ in range(blocks))
         )
 
+    blocks = (2, 4, 8)
+    peaks = [allocated(partial(jlcm.compress, net(count), x, k=64, groups=1, iters=2)) for count in blocks]
+    powers: dict[str, float] = {}
     with threads(1):
-        for what, settings in (
-            ("k", [(k, 2) for k in (8, 32, 128)]),
-            ("blocks", [(8, blocks) for blocks in (2, 4, 8)]),
-        ):
+        for what, settings in (("k", [(k, 2) for k in (8, 32, 128)]), ("blocks", [(8, count) for count in blocks])):
             calls = {
-                (k, blocks): partial(jlcm.compress, net(blocks), x, k=k, groups=1, iters=20) for k, blocks in settings
+                f"{k}, {count}": partial(jlcm.compress, net(count), x, k=k, groups=1, iters=20) for k, count in settings
             }
-            found = times(calls, 3)  # type: ignore[arg-type]
-            sizes = [(k if what == "k" else blocks) for k, blocks in settings]
-            taken = [found[key] for key in calls]  # type: ignore[index]
+            found = times(calls, 3)
+            sizes = [k if what == "k" else count for k, count in settings]
+            taken = [found[key] for key in calls]
+            powers[what] = power(sizes, taken)
             rows.append(
-                (what, ", ".join(map(str, sizes)), ", ".join(f"{t / taken[0]:.2f}" for t in taken), power(sizes, taken))
-            )
-    return Table("Time of 20 steps, nearest codes included", ("By", "Sizes", "Times the first", "Exponent"), rows)
+                (
+                    f"Time, by {what}", ", ".join(map(str, sizes)), ", ".join(f"{t / taken[0]:.2f}" for t in taken),
+                    powers[what],
+                )
+            )  # fmt: skip
+    more = ", ".join(f"{peak / peaks[0]:.2f}" for peak in peaks)
+    rows.append(("Memory, by blocks", ", ".join(map(str, blocks)), more, power(blocks, peaks)))
+    flat, linear = peaks[-1] < FLAT * peaks[0], all(exponent < LINEAR for exponent in powers.values())
+    claim = Claim(
+        "(ours) Memory is that of one block at a time; time is no more than linear in codewords and in blocks.",
+        "blocks of two linear layers of 128 x 128; k = 64 for memory; 20 steps, nearest codes included, one thread, "
+        "for time",
+        "2 blocks; 8 codewords",
+        "none",
+        f"{peaks[-1] / peaks[0]:.2f} times the memory for {blocks[-1] // blocks[0]} times the blocks; time grows as "
+        f"k^{powers['k']:.2f} and blocks^{powers['blocks']:.2f}",
+        verdict(flat and linear, flat or linear),
+        f"Held where memory grows by less than {FLAT - 1:.0%} and both exponents are below {LINEAR:g}; the model "
+        "itself and its samples grow with the blocks.",
+    )
+    return claim, Table("Learning", ("What", "Sizes", "Times the first", "Exponent"), rows)

@@ -50,6 +50,25 @@ def test_tuning_does_not_look_at_the_test_set() -> None:
     assert out["accuracy"] != out["accuracy"]
 
 
+def test_where_nothing_moves_no_jump_is_called_short(monkeypatch) -> None:
+    still = {"flips": 0.0, "mean_jump": 0.0, "longest_jump": 0.0}
+    far = {"flips": 0.1, "mean_jump": 2.0, "longest_jump": 3.0}
+    ways = {way: still if way == claim.OURS else far for way in claim.WAYS}
+    monkeypatch.setattr(claim, "first_jumps", lambda *_: ways)
+    monkeypatch.setattr(claim, "layerwise", lambda seed, way, rate, *_: {"a": 1.0 + seed + rate})
+    monkeypatch.setattr(claim, "on_all_cores", lambda function, jobs, *_: [function(*job) for job in jobs])
+    assert claim.gradients(lambda _: None)[0][0].verdict != "held"
+
+
+def test_integers_are_the_nearer_of_two_kinds_and_their_bits_are_counted() -> None:
+    model, _, _, other = trainings.model_of(1)
+    both = [rows.in_integers(model, 4, 16, symmetric) for symmetric in (True, False)]
+    assert [bits for _, bits in both] == [4 + 16 / 16, 4 + 20 / 16]
+    with torch.no_grad():
+        off = [float((made(other) - model(other)).square().sum()) for made, _ in both]
+    assert rows.integers_of(1, 4, 16)[1] == both[off.index(min(off))][1]
+
+
 def test_verdicts_follow_the_figures() -> None:
     better, worse = [1.0, 1.1, 0.9], [2.0, 2.2, 2.1]
     assert claim._better("k-means", {4: (better, worse), 16: (better, worse)}).verdict == "held"

@@ -282,6 +282,75 @@ def test_settings_out_of_range_are_refused() -> None:
         jlcm.compress(net, x)
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("bias", [True, False])
+def test_models_of_other_types_come_back_in_theirs(kind: torch.dtype, bias: bool, tmp_path) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(16, 32, bias=bias), nn.ReLU(), nn.Linear(32, 8, bias=bias)).to(kind)
+
+    net, x = build(), inputs().to(kind)
+    small = jlcm.compress(net, x, iters=2, groups=2)
+    assert small.nbytes == small.plan.nbytes
+    small.save(tmp_path / "net.jlcm")
+    again, dense = jlcm.load(tmp_path / "net.jlcm", build), small.decompress()
+    assert torch.equal(again(x), small(x))
+    assert torch.equal(dense(x), small(x))
+    assert again[0].weight.dtype == dense[0].weight.dtype == kind
+
+
+def test_what_has_no_codes_is_named_before_anything_is_learned() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.spare = nn.Linear(16, 8), nn.Linear(16, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.one(x)
+
+    class Halved(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x / 2)
+
+    x = inputs()
+    # Learning for so long would take hours.
+    with pytest.raises(ValueError, match="'spare' is never called for this calibration"):
+        jlcm.compress(Unused(), x, groups=1, iters=10**8)
+    assert [one.name for one in jlcm.compress(Unused(), x, groups=1, iters=0, skip=["spare"]).plan.layers] == ["one"]
+    net = nn.Sequential(nn.Linear(16, 16), Halved(16, 8))
+    with pytest.raises(TypeError, match=r"'1': a Halved computes otherwise.*name it in skip"):
+        jlcm.compress(net, x, groups=1, iters=10**8)
+    with pytest.raises(ValueError, match=r"'0\.weight' is on the meta device"):
+        jlcm.compress(perceptron().to("meta"), x, groups=1)
+    with pytest.raises(ValueError, match=r"'0\.weight' is on the meta device"):
+        jlcm.plan(perceptron().to("meta"), 3_000, x)
+    # Its inner layer has no weight of its own.
+    coded = jlcm.compress(nn.Sequential(nn.Linear(16, 8, bias=False)), x, iters=0, groups=1).model
+    with pytest.raises(ValueError, match="no linear layer or convolution whose weight"):
+        jlcm.compress(coded, x, iters=0, groups=1)
+
+
+def test_a_budget_with_room_for_everything_leaves_everything() -> None:
+    net, x = perceptron(), inputs()
+    found = jlcm.plan(net, 10**9, x, codewords=(2, 4))
+    assert not found.layers
+    small = jlcm.compress(net, x, found)
+    assert math.isnan(found.bits_per_weight)
+    assert math.isnan(small.bits_per_weight)
+    assert torch.equal(small(x), net(x))
+
+
+def test_layers_that_are_called_by_name_are_planned() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Linear(16, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.one(input=x)
+
+    assert jlcm.plan(Named(), 200, inputs(), **FEW).nbytes <= 200
+
+
 def test_layers_that_are_skipped_stay() -> None:
     net, x = perceptron(), inputs()
     small = jlcm.compress(net, x, iters=0, groups=1, skip=["0", "4"])
@@ -303,6 +372,10 @@ def test_an_order_that_cannot_be_absorbed_falls_back_to_labels() -> None:
 
     torch.manual_seed(0)
     net, x = Summed(), inputs()
+    with pytest.warns(UserWarning, match="the rows of 'one' stay where they are, because the way to 'two'"):
+        jlcm.compress(net, x, groups=2, iters=0)
+    with pytest.raises(RetensorError, match="the way to 'two' cannot be followed"):
+        jlcm.compress(net, x, groups=2, iters=0, strict=True)
     plan = jlcm.uniform(net, 4, 2)
     wanted = replace(plan, layers=tuple(replace(one, rows="absorbed") for one in plan.layers))
     with pytest.warns(UserWarning, match="the rows of 'one' stay where they are, because the way to 'two'"):

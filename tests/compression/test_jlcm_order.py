@@ -220,6 +220,27 @@ def test_a_reader_behind_a_zero_is_found() -> None:
     assert "one" in jlcm.trace(Hidden(), ROWS).fixed
 
 
+def test_experts_that_the_example_does_not_reach_keep_what_they_might_read_in_its_order() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.into = nn.Linear(5, 7), nn.Linear(7, 6)
+            self.one, self.two = nn.Linear(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = self.into(self.before(x).relu()).relu()
+            return torch.stack([(self.one if row[0] > 0 else self.two)(h) for row, h in zip(x, hidden, strict=True)])
+
+    torch.manual_seed(0)
+    net, example = Experts(), ROWS.abs()
+    found = ordered(net, example, groups=2)
+    assert set(found.permutations) == {"before"}
+    for x in (ROWS, -ROWS):
+        assert torch.allclose(found.model(x), net(x), atol=1e-6)
+    with pytest.raises(RetensorError, match="'two', which this example never calls, cannot be followed"):
+        jlcm.reorder(net, example, strict=True)
+
+
 def test_tied_embeddings_move_once() -> None:
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -255,6 +276,8 @@ def test_examples_that_are_none_are_refused() -> None:
         jlcm.trace(net, 3)
     with pytest.raises(TypeError, match="an example is a tensor"):
         jlcm.trace(net, (ROWS, "text"))
+    with pytest.raises(ValueError, match=r"'0\.weight' is on the meta device"):
+        jlcm.trace(NETWORKS["mlp"][0]().to("meta"), ROWS)
     with pytest.raises(ValueError, match="no finite tensor"):
         jlcm.trace(net, ROWS * math.inf)
 

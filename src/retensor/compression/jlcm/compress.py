@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,18 @@ from retensor.compression.jlcm.grouping import Layout, Way, group_rows
 from retensor.compression.jlcm.initial import Coded, nearest_codes
 from retensor.compression.jlcm.layer import CodebookLayer, Coding, Variant
 from retensor.compression.jlcm.learn import Gradient, JointLearning, Phi, Rule
-from retensor.compression.jlcm.plan import LayerPlan, Plan, _few, coded_layers, uniform
+from retensor.compression.jlcm.movable import Trace, check_values
+from retensor.compression.jlcm.plan import (
+    LayerPlan,
+    Plan,
+    called_layers,
+    candidates,
+    check_layer,
+    coded_layers,
+    few,
+    needs_trace,
+    uniform_for,
+)
 from retensor.compression.jlcm.reorder import complain, reorder, row_orders
 from retensor.compression.jlcm.trace import trace
 from retensor.files import described
@@ -83,8 +95,10 @@ class Compressed:
 
     @property
     def bits_per_weight(self) -> float:
-        """Of coded layers, with all that is kept for them."""
+        """Of coded layers, with all that is kept for them; not a number where there is none."""
         layers = [module for module in self.model.modules() if isinstance(module, CodebookLayer)]
+        if not layers:
+            return math.nan
         return 8 * sum(layer.nbytes for layer in layers) / sum(layer.indices().numel() for layer in layers)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -158,7 +172,8 @@ def compress(
     skip : sequence of str
         Names of layers that stay.
     strict : bool
-        Whether an order that was planned and that some reader cannot follow is an error and not a warning.
+        Whether it is an error and not a warning where a layer has groups of rows and what reads them cannot follow an
+        order, so that each row has a label.
     seed : int
 
     Returns
@@ -185,15 +200,23 @@ def compress(
             raise ValueError(f"{name} is a rate from 0, not {described(value)}")
     if optimizer not in ("momentum", "shared"):
         raise ValueError(f"optimizer is {described(optimizer)}; it is 'momentum' or 'shared'")
-    example = _few(calibration[0] if isinstance(calibration, list) and calibration else calibration)
+    example = few(calibration[0] if isinstance(calibration, list) and calibration else calibration)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"an nn.Module is compressed, not {described(model)}")
+    check_values(model)
+    found: Trace | None = None
     if plan is None:
         if k is None and (isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8):
             raise ValueError(f"bits is a number from 1 to 8, not {described(bits)}")
-        plan = uniform(model, 2**bits if k is None else k, groups, variant, example=example, skip=skip)
+        coded_layers(model, skip)
+        found = trace(model, example) if needs_trace(groups) else None
+        plan = uniform_for(model, 2**bits if k is None else k, groups, variant, found, skip)
     if not isinstance(plan, Plan):
         raise TypeError(f"plan is a Plan, not {described(plan)}")
-    _check_plan(model, plan)
-    ordered, start, permutations = _started(model, example, plan, way, strict, seed)
+    _check_plan(model, plan, example)
+    if found is None and any(one.groups > 1 for one in plan.layers):
+        found = trace(model, example)
+    ordered, start, permutations = _started(model, example, plan, found, way, strict, seed)
     method = JointLearning(start, rule, lr_map, lr_codebook, optimizer, commit)
     done = reconstruct(
         ordered, calibration, method, blocks=blocks, steps=iters, batch=batch, input_mix=input_mix, held_out=held_out,
@@ -202,8 +225,6 @@ def compress(
     moved = {name: found for unit in done.report for name, found in unit.found.items()}
     report = []
     for one in plan.layers:
-        if one.name not in moved:
-            raise ValueError(f"'{one.name}' is never called for this calibration; name it in skip")
         layer, weight = done.model.get_submodule(one.name), ordered.get_submodule(one.name).weight.detach().double()
         size = weight.square().sum().clamp(min=1e-300)
         errors = (
@@ -248,17 +269,16 @@ def resident_bytes(model: nn.Module) -> int:
 
 
 def _started(
-    model: nn.Module, example: Any, plan: Plan, way: Way, strict: bool, seed: int
+    model: nn.Module, example: Any, plan: Plan, found: Trace | None, way: Way, strict: bool, seed: int
 ) -> tuple[nn.Module, dict[str, tuple[Coding, Coded]], dict[str, torch.Tensor]]:
     """The model in its order, and each layer's nearest codes."""
     layouts: dict[str, Layout] = {}
     permutations: dict[str, torch.Tensor] = {}
-    wanted = {one.name: one.groups for one in plan.layers if one.rows == "absorbed"}
-    if wanted:
-        found = trace(model, example)
+    if found is not None:
+        grouped = {one.name for one in plan.layers if one.groups > 1}
+        complain(replace(found, fixed={name: why for name, why in found.fixed.items() if name in grouped}), strict)
         orders = row_orders(model, found)
-        if any(name not in orders for name in wanted):
-            complain(found, strict)
+        wanted = {one.name: one.groups for one in plan.layers if one.rows == "absorbed"}
         kept = {name: count for name, count in wanted.items() if name in orders}
         if kept:
             # What else stays where it is was not asked for.
@@ -284,8 +304,13 @@ def _layout(
     return Layout(one.groups, rows, None), group_rows(weight, one.groups, way, seed)
 
 
-def _check_plan(model: nn.Module, plan: Plan) -> None:
-    layers = coded_layers(model)
+def _check_plan(model: nn.Module, plan: Plan, example: Any) -> None:
+    layers = candidates(model)
     for one in plan.layers:
         if one.name not in layers or tuple(layers[one.name].weight.shape) != one.shape:
             raise ValueError(f"the plan has '{one.name}' of shape {list(one.shape)}, which the model lacks; plan anew")
+        check_layer(one.name, layers[one.name])
+    called = called_layers(model, [one.name for one in plan.layers], example)
+    for one in plan.layers:
+        if one.name not in called:
+            raise ValueError(f"'{one.name}' is never called for this calibration; name it in skip")

@@ -31,11 +31,22 @@ class Layout:
         Rows after which the pattern of groups repeats: those of an attention head, or all.
     bounds : tuple of int, optional
         Where groups 1, 2, ... begin within a period; None where each row has a label of its own instead.
+
+    Raises
+    ------
+    ValueError
+        Where there are not as many bounds as groups after the first.
     """
 
     groups: int
     period: int
     bounds: tuple[int, ...] | None = ()
+
+    def __post_init__(self) -> None:
+        if self.bounds is not None and len(self.bounds) != self.groups - 1:
+            raise ValueError(
+                f"{self.groups} groups have {self.groups - 1} bounds, not {len(self.bounds)}; None is for labels"
+            )
 
     def labels(self, rows: int) -> torch.Tensor:
         """The group of each row, int64, where it follows from the row's place."""

@@ -114,6 +114,7 @@ class CodebookLayer(Replacement):
     """
 
     packed: torch.Tensor
+    _type: torch.Tensor
     codebook_as_bits: torch.Tensor
     scales_as_bits: torch.Tensor | None
     bounds: torch.Tensor | None
@@ -139,6 +140,8 @@ class CodebookLayer(Replacement):
         places = torch.int16 if rows < 2**15 else torch.int32
         self.register_buffer("bounds", None if labelled or groups == 1 else made(groups - 1, places))
         self.register_buffer("labels", made(packed_bytes(rows, label_bits(groups)), torch.uint8) if labelled else None)
+        # Says, without a number in it, what type the layer is of, where there is no bias to tell.
+        self.register_buffer("_type", layer.weight.new_empty(0).detach(), persistent=False)
         # The layer gives its forward; its weight is made from the indices.
         del layer._parameters["weight"]
 
@@ -178,7 +181,11 @@ class CodebookLayer(Replacement):
 
     @property
     def weight(self) -> torch.Tensor:
-        """What the indices stand for, float32."""
+        """What the indices stand for, in the type of the layer."""
+        return self.decoded().to(self._type.dtype)
+
+    def decoded(self) -> torch.Tensor:
+        """What the indices stand for, float32 of the weight's shape."""
         rows, bits, k = self.shape[0], self.coding.bits, self.coding.k
         groups = self.groups() if self.coding.layout.groups > 1 else None
         book = self.codebook
@@ -217,7 +224,7 @@ class CodebookLayer(Replacement):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """What the layer gives with the weight that the indices stand for."""
-        return called(self.layer, x, self.weight.to(x.dtype))
+        return called(self.layer, x, self.decoded().to(x.dtype))
 
     def config(self) -> dict[str, Any]:
         """Shape, settings and coding."""
@@ -243,12 +250,12 @@ class CodebookLayer(Replacement):
 
     def to_dense(self) -> nn.Module:
         """A plain layer with the weight that the indices stand for."""
-        plain = plain_layer(self.settings)
+        plain = plain_layer(self.settings).to(device=self.packed.device, dtype=self._type.dtype)
         with torch.no_grad():
             plain.weight.copy_(self.weight)
             if self.bias is not None:
                 plain.bias.copy_(self.bias)
-        return plain.to(self.packed.device)
+        return plain
 
     def extra_repr(self) -> str:
         """Codewords, groups and variant."""

@@ -41,6 +41,8 @@ def lut_linear(layer: CodebookLayer, x: torch.Tensor) -> torch.Tensor:
     ------
     TypeError
         Where it is another layer, or inputs are of another type or device.
+    ValueError
+        Where samples have another number of inputs.
 
     Examples
     --------
@@ -56,6 +58,8 @@ def lut_linear(layer: CodebookLayer, x: torch.Tensor) -> torch.Tensor:
     if x.dtype != torch.float32 or x.device.type != "cpu" or layer.packed.device.type != "cpu":
         raise TypeError(f"sums by codeword take float32 on the CPU, not {x.dtype} on {x.device}")
     rows, columns = layer.shape
+    if not x.ndim or x.shape[-1] != columns:
+        raise ValueError(f"the layer takes {columns} inputs, and x has shape {list(x.shape)}")
     flat = x.reshape(-1, columns)
     groups = layer.groups()
     words = layer.codebook[groups.long()] if layer.coding.codebooks > 1 else layer.codebook.expand(rows, -1)

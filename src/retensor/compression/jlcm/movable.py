@@ -92,3 +92,10 @@ def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
+
+
+def check_values(model: nn.Module) -> None:
+    """Refuse a model whose weights are shapes alone."""
+    for name, tensor in tensors_of(model).items():
+        if tensor.is_meta:
+            raise ValueError(f"'{name}' is on the meta device and holds no values; load the model's weights first")

@@ -7,7 +7,7 @@ as it is), each with its bytes and its error; :mod:`.budget` takes one of each.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,15 +20,17 @@ from retensor.compression.jlcm.budget import knapsack
 from retensor.compression.jlcm.grouping import Layout, Way, equal_bounds, group_rows
 from retensor.compression.jlcm.initial import nearest_codes
 from retensor.compression.jlcm.layer import VARIANTS, Coding, Variant, check_codewords, codebook_bits_of
+from retensor.compression.jlcm.movable import Trace, check_values
 from retensor.compression.jlcm.reorder import Order, labels_in_place, row_orders
 from retensor.compression.jlcm.trace import trace
 from retensor.files import described
 from retensor.graph.modes import evaluating
+from retensor.quantizing.layers import layer_settings
 from retensor.quantizing.samples import call_of
 from retensor.quantizing.units import LAYERS
 
 Rows = Literal["one", "absorbed", "labels"]
-CODEWORDS = (2, 4, 8, 16, 64, 256)
+CODEWORDS = (2, 4, 8, 16, 32, 64, 128, 256)
 GROUPS = (1, 2, 4)
 SAMPLE, EACH = 4096, 8
 """Order statistics by which the error of an option is estimated: of a layer, and of a codeword at least."""
@@ -93,7 +95,9 @@ class Plan:
 
     @property
     def bits_per_weight(self) -> float:
-        """Of the layers that have codebooks, with everything that is kept for them."""
+        """Of the layers that have codebooks, with everything that is kept for them; not a number where none has."""
+        if not self.layers:
+            return math.nan
         return 8 * sum(layer.nbytes for layer in self.layers) / sum(math.prod(layer.shape) for layer in self.layers)
 
     def table(self) -> str:
@@ -148,13 +152,26 @@ def uniform(
     >>> found.nbytes, found.dense_bytes
     (6224, 83008)
     """
+    found = trace(model, example) if example is not None and needs_trace(groups) else None
+    return uniform_for(model, k, groups, variant, found, skip)
+
+
+def needs_trace(groups: Any) -> bool:
+    """Whether rows are put in groups; whatever is no number of groups is refused elsewhere."""
+    return isinstance(groups, int) and groups > 1
+
+
+def uniform_for(
+    model: nn.Module, k: int, groups: int, variant: Variant, found: Trace | None, skip: Sequence[str]
+) -> Plan:
+    """:func:`uniform` for a model that was traced."""
     check_codewords(k)
     if variant not in VARIANTS:
         raise ValueError(f"variant is {described(variant)}; it is 'codebooks' or 'scales'")
     if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
         raise ValueError(f"groups is a number from 1, not {described(groups)}")
     layers = coded_layers(model, skip)
-    orders = row_orders(model, trace(model, example)) if example is not None and groups > 1 else {}
+    orders = {} if found is None else row_orders(model, found)
     plans = []
     for name, layer in layers.items():
         shape = tuple(layer.weight.shape)
@@ -225,8 +242,9 @@ def plan(
     for k in codewords:
         check_codewords(k)
     layers = coded_layers(model, skip)
+    check_values(model)
     power = _powers(model, layers, example)
-    orders = row_orders(model, trace(model, _few(example)))
+    orders = row_orders(model, trace(model, few(example)))
     options: dict[str, list[LayerPlan | None]] = {}
     for name in watched(list(layers), "options", len(layers)):
         layer, found = layers[name], []
@@ -297,20 +315,10 @@ def coded_layers(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, nn.Mod
     ------
     ValueError
         Where a weight is not finite, ``skip`` names no such layer, or there is none.
+    TypeError
+        Where it is no model, or a layer makes something else of its weight than torch's own.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"an nn.Module is compressed, not {described(model)}")
-    holders: dict[int, int] = {}
-    for module in {id(module): module for module in model.modules()}.values():
-        for parameter in module._parameters.values():
-            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, LAYERS)
-        and not isinstance(module, NonDynamicallyQuantizableLinear)
-        and holders.get(id(module._parameters.get("weight"))) == 1
-    }
+    found = candidates(model)
     for name in skip:
         if name not in found:
             raise ValueError(f"skip names {described(name)}, which is no layer that could be coded")
@@ -318,9 +326,55 @@ def coded_layers(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, nn.Mod
     if not found:
         raise ValueError("the model has no linear layer or convolution whose weight could be coded")
     for name, layer in found.items():
-        if not layer.weight.is_meta and not bool(torch.isfinite(layer.weight).all()):
-            raise ValueError(f"the weight of '{name}' is not finite; train again, or name it in skip")
+        check_layer(name, layer)
     return found
+
+
+def candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Linear layers and convolutions whose weight nothing else holds, whatever its values."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"an nn.Module is compressed, not {described(model)}")
+    holders: dict[int, int] = {}
+    for module in {id(module): module for module in model.modules()}.values():
+        for parameter in module._parameters.values():
+            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LAYERS)
+        and not isinstance(module, NonDynamicallyQuantizableLinear)
+        and (weight := module._parameters.get("weight")) is not None
+        and holders[id(weight)] == 1
+    }
+
+
+def check_layer(name: str, layer: nn.Module) -> None:
+    """Refuse a layer whose weight has no codes."""
+    try:
+        layer_settings(layer)
+    except TypeError as error:
+        raise TypeError(f"'{name}': {error}; or name it in skip") from None
+    if not layer.weight.is_meta and not bool(torch.isfinite(layer.weight).all()):
+        raise ValueError(f"the weight of '{name}' is not finite; train again, or name it in skip")
+
+
+@torch.no_grad()
+def called_layers(model: nn.Module, names: Iterable[str], example: Any) -> set[str]:
+    """Those of the layers that a model calls for an example."""
+    called: set[str] = set()
+
+    def see(name: str) -> None:
+        called.add(name)
+
+    handles = [model.get_submodule(name).register_forward_hook(lambda *_, name=name: see(name)) for name in names]
+    try:
+        arguments, named = call_of(example)
+        with evaluating(model):
+            model(*arguments, **named)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return called
 
 
 def layout_of(one: LayerPlan, order: Order | None) -> Layout:
@@ -368,7 +422,10 @@ def _powers(model: nn.Module, layers: Mapping[str, nn.Module], example: Any) -> 
             sums[name][place + 1] += part.numel()
 
     handles = [
-        layer.register_forward_hook(lambda layer, x, out, name=name: see(name, layer, x[0], out))
+        layer.register_forward_hook(
+            lambda layer, x, named, out, name=name: see(name, layer, x[0] if x else named["input"], out),
+            with_kwargs=True,
+        )
         for name, layer in layers.items()
     ]
     try:
@@ -386,7 +443,7 @@ def _powers(model: nn.Module, layers: Mapping[str, nn.Module], example: Any) -> 
     return found
 
 
-def _few(example: Any) -> Any:
+def few(example: Any) -> Any:
     """Two samples of an example: enough to follow channels."""
     from torch.utils import _pytree as pytree
 

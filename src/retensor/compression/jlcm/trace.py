@@ -5,7 +5,8 @@ convolutions, embeddings, tokens), is disturbed in turn while all other layers g
 whose input changes read it directly. Layers that are read by the same one share their channels, as writers and readers
 of a residual stream do. Each set of places that follows is then tried: a random order is put in all of its places, in a
 float64 copy whose parameters are disturbed too, so that no zero hides a reader, and kept only where the outputs stay.
-That the trial is on generic parameters is what lets one input stand for all.
+That the trial is on generic parameters is what lets one input stand for all; where layers are not called for it (the
+experts that other inputs go to), whatever might share its channels with one of them stays.
 
 So found are hidden units, channels of convolutions with their norms and depthwise convolutions, residual streams,
 parts of a concatenation, values inside a head, and queries with keys inside a head. Queries and keys that are rotated
@@ -23,9 +24,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils import _pytree as pytree
 
-from retensor.compression.jlcm.movable import Movable, Place, Trace, tensors_of
+from retensor.compression.jlcm.movable import Movable, Place, Trace, check_values, tensors_of
 from retensor.files import described
 from retensor.graph.modes import evaluating
 from retensor.quantizing.samples import call_of
@@ -58,7 +60,7 @@ def trace(model: nn.Module, example: Any) -> Trace:
     TypeError
         Where the example is none.
     ValueError
-        Where the model's outputs are not finite, or hold no tensor.
+        Where the model's outputs are not finite, or hold no tensor, or weights hold no values (meta device).
 
     Examples
     --------
@@ -67,6 +69,7 @@ def trace(model: nn.Module, example: Any) -> Trace:
     >>> [(movable.channels, list(movable.rows())) for movable in found.movables], found.fixed
     ([(6, ['0'])], {'2': 'it is part of the output'})
     """
+    check_values(model)
     arguments, named = pytree.tree_map(_double, call_of(example))
     copied = copy.deepcopy(model).double()
     copied.requires_grad_(False)
@@ -101,6 +104,12 @@ class _Tracer:
             self.out = _tensors(call())
         if not self.out or not all(bool(torch.isfinite(part).all()) for part in self.out):
             raise ValueError("the model gives no finite tensor for this example; give one that it takes")
+        # The projection of torch's attention is read by its module, and is among the other tensors.
+        self.unseen = {
+            name: layer
+            for name, layer in self.layers.items()
+            if not self.gave[name] and not isinstance(layer, NonDynamicallyQuantizableLinear)
+        }
         self.layers = {name: layer for name, layer in self.layers.items() if self.gave[name]}
 
     def found(self) -> Trace:
@@ -112,6 +121,8 @@ class _Tracer:
                 reason = "it is part of the output"
             elif not component.readers:
                 reason = "no linear layer or convolution reads it"
+            elif unseen := self._unseen(component):
+                reason = f"the way to '{unseen}', which this example never calls, cannot be followed"
             else:
                 kept = next((good for good in self._hypotheses(component) if good), [])
                 reason = f"the way to {', '.join(map(repr, component.readers[:3]))} cannot be followed"
@@ -159,6 +170,14 @@ class _Tracer:
                 found[key].others.append(name)
                 found[key].output |= output and len({root(reader) for reader in readers}) == 1
         return list(found.values())
+
+    def _unseen(self, component: _Component) -> str | None:
+        """A layer that is not called and might share the component's channels, as an expert for other inputs would."""
+        columns, rows = {self._columns(name) for name in component.readers}, {*map(self._rows, component.writers)}
+        for name, layer in self.unseen.items():
+            if layer.weight.shape[1] in columns or layer.weight.shape[0] in rows:
+                return name
+        return None
 
     def _hypotheses(self, component: _Component) -> Iterator[list[Movable]]:
         """Sets of movables by what the component may be, each tried; empty where the trial fails."""
