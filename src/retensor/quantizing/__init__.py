@@ -12,6 +12,7 @@ except ImportError as error:
     raise MissingExtraError("tensors of few bits", "torch") from error
 
 from retensor.quantizing.affine import Affine, AffineTensor
+from retensor.quantizing.block_layers import BlockLayer, block_layer
 from retensor.quantizing.blocks import Blocks, BlockTensor
 from retensor.quantizing.export import to_onnx
 from retensor.quantizing.grids import (
@@ -43,6 +44,7 @@ __all__ = [
     "AdaRound",
     "Affine",
     "AffineTensor",
+    "BlockLayer",
     "BlockTensor",
     "Blocks",
     "Fitting",
@@ -59,6 +61,7 @@ __all__ = [
     "Unrounded",
     "WeightLearner",
     "WeightReport",
+    "block_layer",
     "codebook",
     "fake_quantized",
     "find_units",

@@ -163,11 +163,12 @@ class Learning(nn.Module):
 
 
 def _wide(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What moves tensors, but leaves steps in float32 where a model goes to half precision."""
+    """What moves tensors, but leaves steps as they are where a model goes to half precision, and those of half."""
 
     def moved(tensor: torch.Tensor) -> torch.Tensor:
         found = fn(tensor)
-        narrow = found.is_floating_point() and torch.finfo(found.dtype).bits < 32
+        kinds = (found.dtype, tensor.dtype) if found.is_floating_point() else ()
+        narrow = any(torch.finfo(kind).bits < 32 for kind in kinds)
         return tensor.to(found.device) if narrow else found
 
     return moved
@@ -180,7 +181,70 @@ def called(layer: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.Ten
     return layer._conv_forward(x, weight, layer.bias)
 
 
-class QuantizedLayer(Replacement):
+class CodedLayer(Replacement):
+    """A layer whose weight is codes: what is alike for every kind of them.
+
+    Subclasses give :meth:`decoded` and keep codes in buffers.
+    """
+
+    inputs: nn.Module | None
+    _type: torch.Tensor
+
+    def _take(self, layer: nn.Module) -> torch.Tensor:
+        """Take a layer for its shape, settings and bias; its weight, which it has no more afterwards."""
+        weight: torch.Tensor = layer.weight
+        self.shape, self.settings, self.layer = tuple(weight.shape), layer_settings(layer), layer
+        # Says, without a number in it, what type the layer is of, where there is no bias to tell.
+        self.register_buffer("_type", weight.new_empty(0).detach(), persistent=False)
+        # The layer gives its forward; its weight is made from the codes.
+        del layer._parameters["weight"]
+        return weight
+
+    def decoded(self, dtype: torch.dtype) -> torch.Tensor:
+        """What the codes stand for."""
+        raise NotImplementedError
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The layer's, which is not in few bits."""
+        return self.layer.bias
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """What the codes stand for, in the type of the layer."""
+        return self.decoded(self._type.dtype)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        if recurse:
+            for module in self.children():
+                module._apply(fn)
+        kind = fn(self._type)
+        super()._apply(_wide(fn), recurse=False)
+        self._type = kind
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and of what goes with them; not of the bias."""
+        return sum(value.numel() * value.element_size() for value in self.buffers(recurse=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """What the layer gives with the weight that the codes stand for."""
+        return called(self.layer, x if self.inputs is None else self.inputs(x), self.decoded(x.dtype))
+
+    def to_dense(self) -> nn.Module | None:
+        """A plain layer with the weight that the codes stand for; None where inputs are rounded too."""
+        if self.inputs is not None:
+            return None
+        plain = plain_layer(self.settings).to(device=self._type.device, dtype=self._type.dtype)
+        with torch.no_grad():
+            plain.weight.copy_(self.weight)
+            if self.bias is not None:
+                plain.bias.copy_(self.bias)
+        return plain
+
+
+class QuantizedLayer(CodedLayer):
     """A layer whose weight is codes, packed bit for bit, with steps and zero points.
 
     Parameters
@@ -199,50 +263,24 @@ class QuantizedLayer(Replacement):
     packed: torch.Tensor
     scale: torch.Tensor
     zeros: torch.Tensor | None
-    _type: torch.Tensor
 
     def __init__(self, layer: nn.Module, quantizer: Affine, inputs: nn.Module | None = None) -> None:
         super().__init__()
-        self.shape, self.quantizer, self.inputs = tuple(layer.weight.shape), quantizer, inputs
-        self.settings, self.layer = layer_settings(layer), layer
-        device, steps = layer.weight.device, quantizer.steps(self.shape)
+        self.quantizer, self.inputs = quantizer, inputs
+        weight = self._take(layer)
+        device, steps = weight.device, quantizer.steps(self.shape)
         self.register_buffer(
-            "packed", torch.zeros(packed_bytes(layer.weight.numel(), quantizer.bits), dtype=torch.uint8, device=device)
+            "packed", torch.zeros(packed_bytes(weight.numel(), quantizer.bits), dtype=torch.uint8, device=device)
         )
-        wide = torch.promote_types(layer.weight.dtype, torch.float32)
+        wide = torch.promote_types(weight.dtype, torch.float32)
         self.register_buffer("scale", torch.ones(steps, device=device, dtype=wide))
-        # Says, without a number in it, what type the layer is of, where there is no bias to tell.
-        self.register_buffer("_type", layer.weight.new_empty(0).detach(), persistent=False)
         count = self.scale.numel()
         zeros = torch.zeros(packed_bytes(count, quantizer.bits), dtype=torch.uint8, device=device)
         self.register_buffer("zeros", None if quantizer.symmetric else zeros)
-        # The layer gives its forward; its weight is made from the codes.
-        del layer._parameters["weight"]
 
-    @property
-    def bias(self) -> torch.Tensor | None:
-        """The layer's, which is not in few bits."""
-        return self.layer.bias
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """What the codes stand for, in the type of the layer."""
-        return self.kept().decode(self._type.dtype)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        if recurse:
-            for module in self.children():
-                module._apply(fn)
-        kind = fn(self._type)
-        super()._apply(_wide(fn), recurse=False)
-        self._type = kind
-        return self
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes, steps and zero points; not of the bias."""
-        held = (self.packed, self.scale, self.zeros)
-        return sum(value.numel() * value.element_size() for value in held if value is not None)
+    def decoded(self, dtype: torch.dtype) -> torch.Tensor:
+        """What the codes stand for."""
+        return self.kept().decode(dtype)
 
     def kept(self) -> AffineTensor:
         """The weight as codes."""
@@ -261,10 +299,6 @@ class QuantizedLayer(Replacement):
         self.scale.copy_(kept.scale)
         if self.zeros is not None:
             self.zeros.copy_(pack(kept.zero_point.to(torch.uint8), bits))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """What the layer gives with the weight that the codes stand for."""
-        return called(self.layer, x if self.inputs is None else self.inputs(x), self.kept().decode(x.dtype))
 
     def config(self) -> dict[str, Any]:
         """Shape, settings and quantisers."""
@@ -286,27 +320,21 @@ class QuantizedLayer(Replacement):
             None if inputs is None else ActivationQuantizer(**inputs),
         )
 
-    def to_dense(self) -> nn.Module | None:
-        """A plain layer with the weight that the codes stand for; None where inputs are rounded too."""
-        if self.inputs is not None:
-            return None
-        plain = plain_layer(self.settings).to(device=self.scale.device, dtype=self._type.dtype)
-        with torch.no_grad():
-            plain.weight.copy_(self.weight)
-            if self.bias is not None:
-                plain.bias.copy_(self.bias)
-        return plain
-
 
 def quantized_layer(layer: nn.Module, kept: AffineTensor, inputs: nn.Module | None = None) -> QuantizedLayer:
     """A linear layer or a convolution with these codes for its weight, and its bias; the layer stays as it is."""
-    plain = plain_layer(layer_settings(layer)).to(device=layer.weight.device, dtype=layer.weight.dtype)
-    made = QuantizedLayer(plain, kept.quantizer, inputs)
+    made = QuantizedLayer(shell_of(layer), kept.quantizer, inputs)
     made.keep(kept)
+    return made.train(layer.training)
+
+
+def shell_of(layer: nn.Module) -> nn.Module:
+    """A layer of the same shape, type and bias, on the same device, whose weight holds no values."""
+    plain = plain_layer(layer_settings(layer)).to(device=layer.weight.device, dtype=layer.weight.dtype)
     if layer.bias is not None:
         with torch.no_grad():
-            made.layer.bias.copy_(layer.bias)
-    return made.train(layer.training)
+            plain.bias.copy_(layer.bias)
+    return plain
 
 
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
