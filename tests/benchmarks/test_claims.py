@@ -73,7 +73,7 @@ def test_results_become_a_table_and_a_readme_block(tmp_path: Path) -> None:
 
 
 def test_unknown_claims_and_folders_are_named(tmp_path: Path) -> None:
-    with pytest.raises(RetensorError, match="no claim is named 'nothing'; there are: apriori_conv, cosma"):
+    with pytest.raises(RetensorError, match="no claim is named 'nothing'; there are: aphq_vit, apriori_conv, cosma"):
         run_claims(ROOT / "benchmarks", ["nothing"], print)
     with pytest.raises(RetensorError, match="there is no folder"):
         find_claims(tmp_path / "none")
