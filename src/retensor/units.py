@@ -110,6 +110,17 @@ def whole(number: object, what: str, allowed: str = "an int") -> int:
     raise TypeError(f"{what} is {allowed}, not {type(number).__name__}")
 
 
+def check_seed(seed: object) -> None:
+    """Refuse what torch's generators do not take.
+
+    Raises
+    ------
+    TypeError, ValueError
+    """
+    if not -(2**63) <= whole(seed, "seed") < 2**64:
+        raise ValueError(f"seed is a number of 64 bits, not {seed}")
+
+
 def check_flags(**flags: object) -> None:
     """Refuse what is neither True nor False, by its name.
 

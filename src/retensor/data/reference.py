@@ -17,7 +17,7 @@ from retensor.data.sets import Split, digits, mnist5k
 from retensor.data.training import fit, seeded
 from retensor.errors import RetensorError
 from retensor.files import described
-from retensor.units import whole
+from retensor.units import check_seed
 
 
 class DigitsCNN(nn.Module):
@@ -148,8 +148,7 @@ def reference(name: str, *, seed: int = 0) -> tuple[nn.Module, Split]:
     >>> accuracy(model, data.x_test, data.y_test) > 0.95
     True
     """
-    if not -(2**63) <= whole(seed, "seed") < 2**64:
-        raise ValueError(f"seed is a number of 64 bits, not {described(seed)}")
+    check_seed(seed)
     if not isinstance(name, str) or name not in REFERENCES:
         raise ValueError(f"{described(name)} is no reference model; they are {', '.join(REFERENCES)}")
     from retensor.planning.cache import cache_folder

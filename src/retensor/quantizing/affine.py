@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from retensor.files import described
+from retensor.quantizing.grids import check_floating
 from retensor.quantizing.packing import packed_bytes
 from retensor.units import check_flags
 
@@ -160,9 +161,7 @@ class Affine:
 
     def grouped(self, x: torch.Tensor) -> torch.Tensor:
         """The tensor with an axis of groups before its last, where it has groups; at least in float32."""
-        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-            what = f"of {x.dtype}" if isinstance(x, torch.Tensor) else described(x)
-            raise TypeError(f"tensors of floating point are quantised, not {what}")
+        check_floating(x, "tensors of floating point are quantised")
         x = x if x.dtype == torch.float64 else x.to(torch.float32)
         if self.axis is not None and not -x.ndim <= self.axis < x.ndim:
             raise ValueError(f"axis {self.axis} of a tensor of shape {list(x.shape)} was asked for; it has {x.ndim}")

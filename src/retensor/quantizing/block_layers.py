@@ -11,8 +11,8 @@ from torch import nn
 
 from retensor.files import described
 from retensor.quantizing.blocks import Blocks, BlockTensor
-from retensor.quantizing.grids import GRIDS, Unrounded
-from retensor.quantizing.layers import CodedLayer, layer_settings, plain_layer, shell_of
+from retensor.quantizing.grids import Unrounded
+from retensor.quantizing.layers import CodedLayer, plain_layer, shell_of
 from retensor.quantizing.packing import pack, packed_bytes, unpacked
 
 
@@ -52,7 +52,7 @@ class BlockLayer(CodedLayer):
         self.register_buffer("scales", scales)
         self.register_buffer("tensor_scale", torch.ones((), device=device) if format.tensor_scale else None)
 
-    def decoded(self, dtype: torch.dtype) -> torch.Tensor:
+    def decoded(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """What the codes stand for."""
         return self.kept().decode(dtype).reshape(self.shape)
 
@@ -76,14 +76,7 @@ class BlockLayer(CodedLayer):
 
     def config(self) -> dict[str, Any]:
         """Shape, settings and format."""
-        if GRIDS.get(self.format.element.name) is not self.format.element:
-            raise NotImplementedError(
-                f"a format with elements of a grid of your own ('{self.format.element.name}') cannot be saved; those "
-                f"of {', '.join(GRIDS)} can"
-            )
-        settings = {name: getattr(self.format, name) for name in ("size", "rule", "tensor_scale", "tensor_power")}
-        settings |= {"element": self.format.element.name, "scale": self.format.scale.name}
-        return {"layer": self.settings, "format": settings}
+        return {"layer": self.settings, "format": self.format.settings()}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -116,10 +109,9 @@ def block_layer(layer: nn.Module, format: Blocks) -> BlockLayer:
     """
     if not isinstance(format, Blocks):
         raise TypeError(f"format is a retensor.quantizing.Blocks, not {described(format)}")
-    layer_settings(layer)
-    weight = layer.weight.detach()
+    shell, weight = shell_of(layer), layer.weight.detach()
     if weight.is_meta or not bool(torch.isfinite(weight).all()):
         raise ValueError("a weight that is not finite, or holds no values (meta device), has no codes; load it first")
-    made = BlockLayer(shell_of(layer), format)
+    made = BlockLayer(shell, format)
     made.keep(format.encode(weight.flatten(1)))
     return made.train(layer.training)

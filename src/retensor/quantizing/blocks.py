@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional
 
 from retensor.files import described
-from retensor.quantizing.grids import GRIDS, UNROUNDED, Grid, Rounding, Unrounded
+from retensor.quantizing.grids import GRIDS, UNROUNDED, Grid, Rounding, Unrounded, check_floating
 from retensor.quantizing.packing import packed_bytes
 from retensor.units import check_flags
 
@@ -131,6 +131,22 @@ class Blocks:
             raise ValueError("tensor_power is for formats with tensor_scale=True")
         object.__setattr__(self, "tensor_scale", tensor_scale)
         object.__setattr__(self, "tensor_power", tensor_power)
+
+    def settings(self) -> dict[str, Any]:
+        """Its arguments, as JSON has them.
+
+        Raises
+        ------
+        NotImplementedError
+            Where its elements are of a grid that no name tells.
+        """
+        if GRIDS.get(self.element.name) is not self.element:
+            raise NotImplementedError(
+                f"a format with elements of a grid of your own ('{self.element.name}') cannot be saved; those of "
+                f"{', '.join(GRIDS)} can"
+            )
+        rest = {name: getattr(self, name) for name in ("size", "rule", "tensor_scale", "tensor_power")}
+        return {"element": self.element.name, "scale": self.scale.name, **rest}
 
     def encode(
         self,
@@ -248,9 +264,7 @@ class Blocks:
         return sizes * tensor_scale, tensor_scale
 
     def _length(self, x: torch.Tensor, dim: int) -> int:
-        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-            what = f"of {x.dtype}" if isinstance(x, torch.Tensor) else described(x)
-            raise TypeError(f"numbers of floating point are put in blocks, not {what}")
+        check_floating(x, "numbers of floating point are put in blocks")
         if isinstance(dim, bool) or not isinstance(dim, int):
             raise TypeError(f"dim is the number of an axis, not {described(dim)}")
         if x.ndim == 0 or not -x.ndim <= dim < x.ndim:

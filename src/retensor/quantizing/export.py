@@ -20,10 +20,11 @@ from torch import nn
 from retensor.errors import MissingExtraError, RetensorError
 from retensor.files import brief, described, write_atomic
 from retensor.graph.modes import evaluating
+from retensor.quantizing.affine import AffineTensor
 from retensor.quantizing.layers import ActivationQuantizer, QuantizedLayer, called
 from retensor.quantizing.packing import pack
 from retensor.quantizing.samples import call_of
-from retensor.replacing.replace import copied, put
+from retensor.replacing.replace import copied, put_everywhere
 
 OPSET = 21
 """The first in which ``DequantizeLinear`` takes 4-bit integers and blocks."""
@@ -100,20 +101,14 @@ class _Weight(nn.Module):
         super().__init__()
         kept, quantizer = packed.kept(), packed.quantizer
         self.layer, self.inputs, self.bits = packed.layer, packed.inputs, quantizer.bits
-        kind = torch.int8 if quantizer.symmetric else torch.uint8
-        self.register_buffer("codes", (kept.codes.to(torch.int16) + quantizer.low).to(kind))
-        scale, zero = kept.scale.to(torch.float32), kept.zero_point.to(kind)
+        codes, scale, zeros = operands(kept)
         if quantizer.group_size is not None:
-            # One step for each block, in the weight's rank.
-            self.axis, self.block = kept.codes.ndim - 1, quantizer.group_size
-            scale, zero = scale.squeeze(-1), zero.squeeze(-1)
+            self.axis, self.block = codes.ndim - 1, quantizer.group_size
         else:
-            axis = quantizer.axis
-            self.axis, self.block = (0 if axis is None else axis % kept.codes.ndim), 0
-            shape = () if axis is None else (-1,)
-            scale, zero = scale.reshape(shape), zero.reshape(shape)
-        self.register_buffer("scale", scale)
-        self.register_buffer("zeros", zero)
+            self.axis, self.block = (quantizer.axis or 0) % codes.ndim, 0
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale.to(torch.float32))
+        self.register_buffer("zeros", zeros)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = torch.ops.retensor.dequantized(self.codes, self.scale, self.zeros, self.axis, self.block)
@@ -139,16 +134,29 @@ class _Activation(nn.Module):
         return torch.ops.retensor.rounded(x, self.scale, self.zeros)
 
 
+def operands(kept: AffineTensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, steps and zero points as ``DequantizeLinear`` takes them: whole bytes, a step for all, each or a block."""
+    quantizer = kept.quantizer
+    kind = torch.int8 if quantizer.symmetric else torch.uint8
+    codes, scale, zeros = (kept.codes.to(torch.int16) + quantizer.low).to(kind), kept.scale, kept.zero_point.to(kind)
+    if quantizer.group_size is not None:
+        # One step for each block, in the weight's rank.
+        return codes, scale.squeeze(-1), zeros.squeeze(-1)
+    shape = () if quantizer.axis is None else (-1,)
+    return codes, scale.reshape(shape), zeros.reshape(shape)
+
+
 def _for_export(model: nn.Module) -> nn.Module:
     student = copied(model)
     if isinstance(student, QuantizedLayer | ActivationQuantizer):
         return _for_export(nn.Sequential(student))
-    made: dict[int, nn.Module] = {}
-    for kind, new in ((QuantizedLayer, _Weight), (ActivationQuantizer, _Activation)):
-        # A module of several names is one afterwards too.
-        for name, module in list(student.named_modules(remove_duplicate=False)):
-            if isinstance(module, kind) and getattr(module, "mode", "tensor") == "tensor":
-                put(student, name, made.setdefault(id(module), made.get(id(module)) or new(module)))
+    for module in list(student.modules()):
+        if isinstance(module, QuantizedLayer):
+            put_everywhere(student, module, _Weight(module))
+    # After the layers, some of which hold them.
+    for module in list(student.modules()):
+        if isinstance(module, ActivationQuantizer) and module.mode == "tensor":
+            put_everywhere(student, module, _Activation(module))
     return student
 
 

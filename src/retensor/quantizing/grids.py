@@ -117,9 +117,7 @@ class Grid:
         ValueError
             Where ``rounding`` is neither.
         """
-        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-            what = f"of {x.dtype}" if isinstance(x, torch.Tensor) else described(x)
-            raise TypeError(f"numbers of floating point are rounded, not {what}")
+        check_floating(x, "numbers of floating point are rounded")
         if rounding not in ("nearest", "stochastic"):
             raise ValueError(f"rounding is {described(rounding)}; it is 'nearest' or 'stochastic'")
         x = x.detach()
@@ -190,12 +188,8 @@ class Grid:
         >>> GRIDS["e2m1"].round(torch.tensor([0.7, -2.4, 2.5, 9.0]))
         tensor([ 0.5000, -2.0000,  2.0000,  6.0000])
         """
-        if (
-            self._floating is None
-            or not isinstance(x, torch.Tensor)
-            or not x.is_floating_point()
-            or rounding not in ("nearest", "stochastic")
-        ):
+        check_floating(x, "numbers of floating point are rounded")
+        if self._floating is None or rounding not in ("nearest", "stochastic"):
             out = self.decode(self.encode(x, rounding, generator), _computed(x))
             return torch.where(torch.isnan(x), torch.full_like(out, math.nan), out)
         x = x.detach()
@@ -256,6 +250,17 @@ _BITS = {
     torch.float64: (torch.int64, 0x7FF0000000000000, 52),
 }
 """By type: the whole numbers of its size, the bits of its exponent, and how many bits its mantissa has."""
+
+
+def check_floating(x: object, allowed: str) -> None:
+    """Refuse what is no tensor of floating point, with a sentence that begins with what is allowed.
+
+    Raises
+    ------
+    TypeError
+    """
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        raise TypeError(f"{allowed}, not {f'of {x.dtype}' if isinstance(x, torch.Tensor) else described(x)}")
 
 
 def _computed(x: torch.Tensor) -> torch.dtype:

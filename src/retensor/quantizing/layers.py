@@ -200,7 +200,7 @@ class CodedLayer(Replacement):
         del layer._parameters["weight"]
         return weight
 
-    def decoded(self, dtype: torch.dtype) -> torch.Tensor:
+    def decoded(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """What the codes stand for."""
         raise NotImplementedError
 
@@ -278,7 +278,7 @@ class QuantizedLayer(CodedLayer):
         zeros = torch.zeros(packed_bytes(count, quantizer.bits), dtype=torch.uint8, device=device)
         self.register_buffer("zeros", None if quantizer.symmetric else zeros)
 
-    def decoded(self, dtype: torch.dtype) -> torch.Tensor:
+    def decoded(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """What the codes stand for."""
         return self.kept().decode(dtype)
 

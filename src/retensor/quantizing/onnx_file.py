@@ -20,7 +20,7 @@ from onnx import helper, numpy_helper
 from retensor.errors import GraphError
 from retensor.files import brief, described, write_atomic
 from retensor.quantizing.affine import Affine, AffineTensor
-from retensor.quantizing.export import OPSET, four_bit
+from retensor.quantizing.export import OPSET, four_bit, operands
 
 # Of each operator the input that holds weights, and their axis of output channels.
 _WEIGHTS = {"Conv": 0, "ConvTranspose": 1, "MatMul": -1, "Gemm": 0}
@@ -202,21 +202,14 @@ def _encoded(array: np.ndarray, quantizer: Affine) -> AffineTensor:
 
 def _dequantize(proto: onnx.ModelProto, kept: AffineTensor, name: str, dtype: np.dtype) -> onnx.NodeProto:
     """The node that gives a weight back; its codes, steps and zero points go into the graph."""
-    quantizer = kept.quantizer
-    kind = np.int8 if quantizer.symmetric else np.uint8
-    shape = () if quantizer.axis is None else (-1,)
-    codes = (kept.codes.to(torch.int16) + quantizer.low).numpy().astype(kind)
-    zeros = kept.zero_point.reshape(shape).numpy().astype(kind)
-    tensors = [
-        numpy_helper.from_array(values, f"{name}.{what}") for what, values in (("codes", codes), ("zeros", zeros))
-    ]
-    if quantizer.bits <= 4:
-        tensors = [four_bit(tensor, tensor.name) for tensor in tensors]
-    scale = kept.scale.reshape(shape).numpy().astype(dtype)
-    tensors.append(numpy_helper.from_array(scale, f"{name}.scale"))
+    codes, scale, zeros = (value.numpy() for value in operands(kept))
+    inputs = [f"{name}.{what}" for what in ("codes", "scale", "zeros")]
+    values = (codes, scale.astype(dtype), zeros)
+    tensors = [numpy_helper.from_array(value, label) for value, label in zip(values, inputs, strict=True)]
+    if kept.quantizer.bits <= 4:
+        tensors[::2] = (four_bit(tensor, tensor.name) for tensor in tensors[::2])
     proto.graph.initializer.extend(tensors)
-    inputs = [f"{name}.codes", f"{name}.scale", f"{name}.zeros"]
-    return helper.make_node("DequantizeLinear", inputs, [name], name=name, axis=quantizer.axis or 0)
+    return helper.make_node("DequantizeLinear", inputs, [name], name=name, axis=kept.quantizer.axis or 0)
 
 
 def _reported(node: onnx.NodeProto, array: np.ndarray, kept: AffineTensor) -> WeightReport:

@@ -13,6 +13,7 @@ ICLR 2022, arXiv 2203.05740 (mixed inputs).
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,10 +26,12 @@ from torch import nn
 from retensor.bars import watched
 from retensor.files import described
 from retensor.graph.modes import evaluating
+from retensor.quantizing.layers import QuantizedLayer
 from retensor.quantizing.samples import CHUNK, Samples, Storage, calibration_samples, caught, first_tensor, outputs
 from retensor.quantizing.units import LAYERS, Unit, find_units
-from retensor.replacing.replace import copied, move_hooks, put
-from retensor.units import whole
+from retensor.replacing.replace import copied, move_hooks, put_everywhere
+from retensor.replacing.state import save
+from retensor.units import check_seed
 
 CHECKS = 10
 """How often the samples that are held out are looked at while a unit is fitted."""
@@ -79,10 +82,8 @@ class Fitting:
     def place(self, name: str, new: nn.Module) -> None:
         """Put a module in the place of one of the student's, whose hooks it takes over, under all names it has."""
         old = self.layer(name)
-        names = [other for other, module in self.model.named_modules(remove_duplicate=False) if module is old]
         move_hooks(old, new)
-        for other in names:
-            put(self.model, other, new)
+        put_everywhere(self.model, old, new)
 
 
 class Method:
@@ -171,6 +172,15 @@ class Reconstruction:
     model: nn.Module
     report: tuple[UnitReport, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all packed weights, with steps and zero points; of nothing else."""
+        return sum(module.nbytes for module in self.model.modules() if isinstance(module, QuantizedLayer))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the model to a file (:func:`retensor.save`); :func:`retensor.load` reads it, given the original."""
+        save(self.model, path)
+
 
 # A caller who turned gradients off for evaluating fits with them all the same.
 @torch.inference_mode(False)
@@ -225,8 +235,7 @@ def reconstruct(
     _check(model, method, steps, batch, input_mix, held_out)
     if storage is not None and not isinstance(storage, Storage):
         raise TypeError(f"storage is a Storage, not {described(storage)}")
-    if not -(2**63) <= whole(seed, "seed") < 2**64:
-        raise ValueError(f"seed is a number of 64 bits, not {described(seed)}")
+    check_seed(seed)
     samples = calibration_samples(calibration, _device(model))
     storage = storage or Storage()
     generator = torch.Generator().manual_seed(seed)

@@ -10,7 +10,7 @@ from torch import nn
 from retensor.errors import MissingExtraError
 from retensor.files import described
 from retensor.quantizing.layers import ActivationQuantizer, QuantizedLayer
-from retensor.replacing.replace import copied, move_hooks, put
+from retensor.replacing.replace import copied, move_hooks, put_everywhere
 
 
 def to_torchao(model: nn.Module) -> nn.Module:
@@ -48,14 +48,11 @@ def to_torchao(model: nn.Module) -> nn.Module:
     if isinstance(model, QuantizedLayer):
         return _linear(model) if _fits(model) else copied(model)
     model = copied(model)
-    made: dict[int, nn.Module] = {}
-    # A layer of several names is one afterwards too.
-    for name, module in list(model.named_modules(remove_duplicate=False)):
+    for module in list(model.modules()):
         if isinstance(module, QuantizedLayer) and _fits(module):
-            if id(module) not in made:
-                made[id(module)] = _linear(module)
-                move_hooks(module, made[id(module)])
-            put(model, name, made[id(module)])
+            plain = _linear(module)
+            move_hooks(module, plain)
+            put_everywhere(model, module, plain)
     return model
 
 

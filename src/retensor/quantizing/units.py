@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from retensor.files import described
 from retensor.quantizing.samples import Samples
-from retensor.replacing.match import suggestions
+from retensor.replacing.match import inside, suggestions
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """What holds a weight that is put in few bits."""
@@ -61,12 +61,13 @@ def find_units(model: nn.Module, samples: Samples, blocks: Literal["auto"] | Seq
         Where a name is no module, one lies in another, a unit is called more than once, or there is no layer.
     """
     names = _blocks(model) if blocks == "auto" else _named(model, blocks)
-    order = _called_layers(model, samples)
+    arguments, named = samples.take(slice(0, 2))
+    order = called_layers(model, arguments, named)
     if not order:
         raise ValueError("the model calls no linear layer or convolution, so there is nothing to put in few bits")
     layers: dict[str, list[str]] = {}
     for layer in order:
-        layers.setdefault(next((name for name in names if _inside(layer, name)), layer), []).append(layer)
+        layers.setdefault(next((name for name in names if inside(layer, name)), layer), []).append(layer)
     if blocks != "auto":
         for name in names:
             if name not in layers:
@@ -90,7 +91,7 @@ def _blocks(model: nn.Module) -> list[str]:
         for child in module._modules
     ]
     many = [name for name in entries if held.get(name, 0) >= 2]
-    return [name for name in many if not any(_inside(other, name) for other in many if other != name)]
+    return [name for name in many if not any(inside(other, name) for other in many if other != name)]
 
 
 def _named(model: nn.Module, blocks: Any) -> list[str]:
@@ -101,18 +102,14 @@ def _named(model: nn.Module, blocks: Any) -> list[str]:
         if not isinstance(name, str) or name not in known or not name:
             raise ValueError(f"the model has no block {described(name)}; {suggestions(name, known)}")
         for other in blocks:
-            if other is not name and _inside(name, other):
+            if other is not name and inside(name, other):
                 raise ValueError(f"the block '{name}' lies in the block '{other}'; name one of them")
     return list(blocks)
 
 
-def _inside(name: str, outer: str) -> bool:
-    return name == outer or name.startswith(f"{outer}.")
-
-
 @torch.no_grad()
-def _called_layers(model: nn.Module, samples: Samples) -> list[str]:
-    """Layers in the order of their first call.
+def called_layers(model: nn.Module, arguments: Sequence[Any], named: Mapping[str, Any]) -> list[str]:
+    """Layers in the order of their first call by a run of a model.
 
     Weights that a parent reads without calling the layer (the projection of ``nn.MultiheadAttention``) are not found.
     """
@@ -122,7 +119,6 @@ def _called_layers(model: nn.Module, samples: Samples) -> list[str]:
         if isinstance(module, LAYERS) and not isinstance(module, NonDynamicallyQuantizableLinear):
             handles.append(module.register_forward_pre_hook(lambda *_, name=name: order.setdefault(name)))
     try:
-        arguments, named = samples.take(slice(0, 2))
         model(*arguments, **named)
     finally:
         for handle in handles:

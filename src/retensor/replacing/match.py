@@ -87,6 +87,15 @@ def shown(pattern: Any) -> str:
     return described(pattern) if isinstance(pattern, str) else getattr(pattern, "__name__", described(pattern))
 
 
+def inside(name: str, outer: str) -> bool:
+    """Whether a module is another one or lies in it, by their names; all lie in the model, whose name is empty.
+
+    >>> inside("blocks.1.mlp", "blocks.1"), inside("blocks.10", "blocks.1")
+    (True, False)
+    """
+    return not outer or name == outer or name.startswith(f"{outer}.")
+
+
 def suggestions(pattern: Any, names: Iterable[str]) -> str:
     """What to say of a pattern that means nothing: names that look like it, or some that there are."""
     known = [name for name in names if name]

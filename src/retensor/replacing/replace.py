@@ -185,6 +185,12 @@ def put(model: nn.Module, name: str, new: nn.Module) -> None:
             above.use_nested_tensor = False
 
 
+def put_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` in all places of a module, which may have several names; one it is afterwards too."""
+    for name in [name for name, module in model.named_modules(remove_duplicate=False) if module is old]:
+        put(model, name, new)
+
+
 def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether tensors have one shape and type and the same numbers, NaN being itself."""
     if one.shape != other.shape or one.dtype != other.dtype:

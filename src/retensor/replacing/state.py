@@ -23,6 +23,7 @@ from torch.nn.utils import parametrize
 from retensor.errors import MissingExtraError, RetensorError
 from retensor.files import brief, broken_link, described, write_atomic
 from retensor.replacing.kinds import Reparametrization, Replacement, _Kind, kind_named
+from retensor.replacing.match import inside
 from retensor.replacing.replace import copied, equal, put, settle
 
 SCHEMA = "retensor.state/1"
@@ -61,7 +62,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     seen: dict[int, str] = {}
     parametrized: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if any(_inside(name, outer) for outer in (*seen.values(), *shared)):
+        if any(inside(name, outer) for outer in (*seen.values(), *shared)):
             continue
         if isinstance(module, Replacement):
             if id(module) in seen:
@@ -78,7 +79,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
                 ours = [isinstance(step, Reparametrization) for step in steps]
                 if ours != sorted(ours):
                     raise RetensorError(
-                        f"'{name}.{label}'".replace("'.", "'") + " has a parametrization of this library below another "
+                        f"'{f'{name}.{label}'.removeprefix('.')}' has a parametrization of this library below another "
                         "one, and loading puts them on top; fold it, or register it last"
                     )
             parametrizations.extend(
@@ -260,10 +261,6 @@ def _check_rebuilt(module: nn.Module, name: str, config: Mapping[str, Any]) -> N
         )
 
 
-def _inside(name: str, outer: str) -> bool:
-    return not outer or name == outer or name.startswith(f"{outer}.")
-
-
 def _read(path: Path, shown: str, values: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     _safetensors()
     from safetensors import SafetensorError, safe_open
@@ -344,7 +341,7 @@ def _rebuilt(
         put(model, name, new)
     for name, same in header["shared"].items():
         _found(model, name, shown)
-        if _inside(name, same) or _inside(same, name):
+        if inside(name, same) or inside(same, name):
             raise RetensorError(f"'{shown}' puts '{brief(same)}' in the place of '{brief(name)}', which lies around it")
         put(model, name, _found(model, same, shown))
     for entry in header["parametrizations"]:

@@ -16,12 +16,11 @@ from retensor.compression.aphq.layers import products
 from retensor.compression.aphq.mlp import fitted_mlps
 from retensor.compression.aphq.spec import Spec, check_images, find_spec
 from retensor.errors import RetensorError
-from retensor.quantizing import AffineTensor, Learning, QuantizedLayer, UnitReport, reconstruct, to_onnx
-from retensor.replacing import save
+from retensor.quantizing import AffineTensor, Learning, QuantizedLayer, Reconstruction, UnitReport, reconstruct, to_onnx
 
 
 @dataclass(frozen=True)
-class Quantized:
+class Quantized(Reconstruction):
     """A model in few bits, which is called as the given one.
 
     Attributes
@@ -36,8 +35,6 @@ class Quantized:
         The same of the MLPs whose activation became a ReLU, with the bound of their hidden numbers; empty without.
     """
 
-    model: nn.Module
-    report: tuple[UnitReport, ...]
     mlps: tuple[UnitReport, ...] = ()
 
     def __call__(self, images: torch.Tensor) -> Any:
@@ -46,12 +43,7 @@ class Quantized:
 
     def integers(self) -> dict[str, AffineTensor]:
         """Codes, steps and zero points of each layer's weight, by name."""
-        return {name: layer.kept() for name, layer in self._layers().items()}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all packed weights, with steps and zero points; of nothing else."""
-        return sum(layer.nbytes for layer in self._layers().values())
+        return {name: layer.kept() for name, layer in self.model.named_modules() if isinstance(layer, QuantizedLayer)}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model to a file (:func:`retensor.save`); :func:`retensor.load` reads it, given the original.
@@ -62,7 +54,7 @@ class Quantized:
             Where weights are of more than 8 bits.
         """
         self._check_codes()
-        save(self.model, path)
+        super().save(path)
 
     def to_onnx(self, example: torch.Tensor, path: str | os.PathLike[str]) -> None:
         """Write an ONNX file with the codes (:func:`retensor.quantizing.to_onnx`), for inputs like ``example``.
@@ -78,9 +70,6 @@ class Quantized:
     def _check_codes(self) -> None:
         if any(isinstance(module, Learning) for module in self.model.modules()):
             raise RetensorError("weights of more than 8 bits have no codes to write; take w_bits from 2 to 8")
-
-    def _layers(self) -> dict[str, QuantizedLayer]:
-        return {name: module for name, module in self.model.named_modules() if isinstance(module, QuantizedLayer)}
 
 
 def quantize(

@@ -14,7 +14,7 @@ from torch import nn
 
 from retensor.files import described
 from retensor.quantizing.samples import check_finite, first_tensor
-from retensor.replacing.match import suggestions
+from retensor.replacing.match import inside, suggestions
 
 AGREES = 1e-4
 """Difference of the outputs, relative to their largest number, below which a run of the rest is one of the model."""
@@ -127,9 +127,9 @@ class Traced:
         for name, watcher in watched.items():
             watcher.inner = watching.get_submodule(name)
         for name, watcher in watched.items():
-            exchange(watching, name, watcher) if not _within(name, watched) else None
-        for name, watcher in watched.items():
-            if outer := _within(name, watched):
+            if (outer := _within(name, watched)) is None:
+                exchange(watching, name, watcher)
+            else:
                 exchange(watched[outer].inner, name.removeprefix(f"{outer}."), watcher)
         with torch.no_grad():
             for start in range(0, len(images), batch):
@@ -146,7 +146,7 @@ class Traced:
 
     def before(self, name: str) -> tuple[list[str], str | None]:
         """Units called before the one that is or holds a module, and the last of them where it holds it."""
-        at = next((i for i, unit in enumerate(self.order) if name == unit or name.startswith(f"{unit}.")), None)
+        at = next((i for i, unit in enumerate(self.order) if inside(name, unit)), None)
         if at is None:
             return [], None
         earlier = self.order[:at]

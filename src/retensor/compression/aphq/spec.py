@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from retensor.files import described
-from retensor.replacing.match import suggestions
+from retensor.replacing.match import inside, suggestions
 
 MLP = ("fc1", "act", "fc2")
 """Names in timm's MLPs of the first layer, the activation and the second layer."""
@@ -85,7 +85,7 @@ class Spec:
                 )
             if kinds[0].weight is None or kinds[0].bias is None:
                 raise ValueError(f"'{norm}' has no weight or no bias to take the channels' steps; leave the pair out")
-            if not any(_inside(norm, block) and _inside(layer, block) for block in self.blocks):
+            if not any(inside(norm, block) and inside(layer, block) for block in self.blocks):
                 raise ValueError(f"'{norm}' and '{layer}' lie in no common block; name one that holds both in blocks")
 
 
@@ -157,7 +157,3 @@ def _child(module: nn.Module, name: str) -> nn.Module | None:
 
 def _plain_norm(norm: nn.Module | None) -> bool:
     return isinstance(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
-
-
-def _inside(name: str, outer: str) -> bool:
-    return name == outer or name.startswith(f"{outer}.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,14 +14,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from retensor.compression.flexround.methods import RATES, Name, Rounding
 from retensor.files import described
-from retensor.quantizing import ActivationQuantizer, Affine, QuantizedLayer, Storage, UnitReport, reconstruct
+from retensor.quantizing import ActivationQuantizer, Affine, Reconstruction, Storage, reconstruct
 from retensor.quantizing.samples import call_of
-from retensor.replacing import fold, save
+from retensor.replacing import fold
 from retensor.units import check_flags
 
 
 @dataclass(frozen=True)
-class Quantized:
+class Quantized(Reconstruction):
     """A model in few bits.
 
     Attributes
@@ -34,18 +33,6 @@ class Quantized:
         ``layers``, for each layer what :func:`moved` says; ``left``, layers whose weight is another module's too, which
         stay as they are; ``learned``, how many values were.
     """
-
-    model: nn.Module
-    report: tuple[UnitReport, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all packed weights, with steps and zero points; of nothing else."""
-        return sum(module.nbytes for module in self.model.modules() if isinstance(module, QuantizedLayer))
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the model to a file (:func:`retensor.save`), which :func:`retensor.load` reads."""
-        save(self.model, path)
 
     def to_fake_quant(self) -> nn.Module:
         """Plain layers with the weights that codes stand for, where inputs are not rounded (:func:`retensor.fold`)."""

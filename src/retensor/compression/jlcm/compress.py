@@ -19,7 +19,6 @@ from retensor.compression.jlcm.movable import Trace, check_values
 from retensor.compression.jlcm.plan import (
     LayerPlan,
     Plan,
-    called_layers,
     candidates,
     check_layer,
     coded_layers,
@@ -30,8 +29,10 @@ from retensor.compression.jlcm.plan import (
 from retensor.compression.jlcm.reorder import complain, reorder, row_orders
 from retensor.compression.jlcm.trace import trace
 from retensor.files import described
+from retensor.graph.modes import evaluating
 from retensor.quantizing.reconstruct import UnitReport, reconstruct
-from retensor.quantizing.samples import Storage
+from retensor.quantizing.samples import Storage, call_of
+from retensor.quantizing.units import called_layers
 from retensor.replacing import fold, save
 from retensor.replacing import load as load_state
 
@@ -310,7 +311,8 @@ def _check_plan(model: nn.Module, plan: Plan, example: Any) -> None:
         if one.name not in layers or tuple(layers[one.name].weight.shape) != one.shape:
             raise ValueError(f"the plan has '{one.name}' of shape {list(one.shape)}, which the model lacks; plan anew")
         check_layer(one.name, layers[one.name])
-    called = called_layers(model, [one.name for one in plan.layers], example)
+    with evaluating(model):
+        called = called_layers(model, *call_of(example))
     for one in plan.layers:
         if one.name not in called:
             raise ValueError(f"'{one.name}' is never called for this calibration; name it in skip")

@@ -13,9 +13,8 @@ from torch.nn import functional
 
 from retensor.compression.jlcm.grouping import Layout
 from retensor.files import described
-from retensor.quantizing.layers import called, layer_settings, plain_layer
+from retensor.quantizing.layers import CodedLayer, plain_layer, shell_of
 from retensor.quantizing.packing import pack, packed_bytes, unpacked
-from retensor.replacing import Replacement
 
 Variant = Literal["codebooks", "scales"]
 VARIANTS = ("codebooks", "scales")
@@ -95,7 +94,7 @@ class Coding:
         return sum(self.bytes_by_term(shape).values())
 
 
-class CodebookLayer(Replacement):
+class CodebookLayer(CodedLayer):
     """A linear layer or a convolution whose weight is ``C_g[I]`` or ``s_g C[I]``.
 
     Codewords and scales are kept as the bits of float16 (or float32) numbers, so that a change of the model's type
@@ -114,7 +113,6 @@ class CodebookLayer(Replacement):
     """
 
     packed: torch.Tensor
-    _type: torch.Tensor
     codebook_as_bits: torch.Tensor
     scales_as_bits: torch.Tensor | None
     bounds: torch.Tensor | None
@@ -122,33 +120,22 @@ class CodebookLayer(Replacement):
 
     def __init__(self, layer: nn.Module, coding: Coding) -> None:
         super().__init__()
-        self.shape, self.coding, self.settings, self.layer = (
-            tuple(layer.weight.shape), coding, layer_settings(layer), layer,
-        )  # fmt: skip
-        device, rows, groups = layer.weight.device, layer.weight.shape[0], coding.layout.groups
+        rows, groups = layer.weight.shape[0], coding.layout.groups
         if groups > rows:
             raise ValueError(f"{groups} groups of a layer with {rows} rows; there are at most as many groups as rows")
-        kind = _FLOATS[coding.codebook_bits][1]
+        self.coding, self.inputs = coding, None
+        weight, kind = self._take(layer), _FLOATS[coding.codebook_bits][1]
 
         def made(count: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.zeros(count, dtype=dtype, device=device)
+            return torch.zeros(count, dtype=dtype, device=weight.device)
 
-        self.register_buffer("packed", made(packed_bytes(layer.weight.numel(), coding.bits), torch.uint8))
+        self.register_buffer("packed", made(packed_bytes(weight.numel(), coding.bits), torch.uint8))
         self.register_buffer("codebook_as_bits", made(coding.codebooks * coding.k, kind).reshape(-1, coding.k))
         self.register_buffer("scales_as_bits", made(coding.scales, torch.int16) if coding.scales else None)
         labelled = coding.layout.bounds is None
         places = torch.int16 if rows < 2**15 else torch.int32
         self.register_buffer("bounds", None if labelled or groups == 1 else made(groups - 1, places))
         self.register_buffer("labels", made(packed_bytes(rows, label_bits(groups)), torch.uint8) if labelled else None)
-        # Says, without a number in it, what type the layer is of, where there is no bias to tell.
-        self.register_buffer("_type", layer.weight.new_empty(0).detach(), persistent=False)
-        # The layer gives its forward; its weight is made from the indices.
-        del layer._parameters["weight"]
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        """The layer's, as it is."""
-        return self.layer.bias
 
     @property
     def codebook(self) -> torch.Tensor:
@@ -159,11 +146,6 @@ class CodebookLayer(Replacement):
     def scales(self) -> torch.Tensor | None:
         """Float32 of shape (groups,), where there are scales."""
         return None if self.scales_as_bits is None else self.scales_as_bits.view(torch.float16).float()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of everything that makes the weight; not of the bias."""
-        return sum(value.numel() * value.element_size() for value in self._buffers.values() if value is not None)
 
     def groups(self) -> torch.Tensor:
         """The group of each row, int32."""
@@ -179,13 +161,8 @@ class CodebookLayer(Replacement):
         """The index of each weight, uint8 of the weight's shape."""
         return unpacked(self.packed, self.coding.bits, math.prod(self.shape)).reshape(self.shape)
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """What the indices stand for, in the type of the layer."""
-        return self.decoded().to(self._type.dtype)
-
-    def decoded(self) -> torch.Tensor:
-        """What the indices stand for, float32 of the weight's shape."""
+    def decoded(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """What the indices stand for, of the weight's shape; codewords and scales are multiplied in float32."""
         rows, bits, k = self.shape[0], self.coding.bits, self.coding.k
         groups = self.groups() if self.coding.layout.groups > 1 else None
         book = self.codebook
@@ -202,7 +179,7 @@ class CodebookLayer(Replacement):
         found = functional.embedding(codes, table).reshape(rows, -1)
         if self.scales is not None and groups is not None:
             found = found * self.scales[groups][:, None]
-        return found.reshape(self.shape)
+        return found.reshape(self.shape).to(dtype)
 
     def keep(
         self,
@@ -221,10 +198,6 @@ class CodebookLayer(Replacement):
             self.bounds.copy_(torch.tensor(self.coding.layout.bounds))
         if self.labels is not None and labels is not None:
             self.labels.copy_(pack(labels.to(torch.uint8), label_bits(self.coding.layout.groups)))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """What the layer gives with the weight that the indices stand for."""
-        return called(self.layer, x, self.decoded().to(x.dtype))
 
     def config(self) -> dict[str, Any]:
         """Shape, settings and coding."""
@@ -248,15 +221,6 @@ class CodebookLayer(Replacement):
         coding = Coding(config["k"], layout, config["variant"], config["codebook_bits"])
         return cls(plain_layer(config["layer"]), coding)
 
-    def to_dense(self) -> nn.Module:
-        """A plain layer with the weight that the indices stand for."""
-        plain = plain_layer(self.settings).to(device=self.packed.device, dtype=self._type.dtype)
-        with torch.no_grad():
-            plain.weight.copy_(self.weight)
-            if self.bias is not None:
-                plain.bias.copy_(self.bias)
-        return plain
-
     def extra_repr(self) -> str:
         """Codewords, groups and variant."""
         return f"k={self.coding.k}, groups={self.coding.layout.groups}, variant={self.coding.variant!r}"
@@ -271,11 +235,8 @@ def codebook_layer(
     labels: torch.Tensor | None = None,
 ) -> CodebookLayer:
     """A layer with these indices for its weight, and the bias of the given one, which stays as it is."""
-    made = CodebookLayer(plain_layer(layer_settings(layer)).to(layer.weight.device, layer.weight.dtype), coding)
+    made = CodebookLayer(shell_of(layer), coding)
     made.keep(indices, codebook, scales, labels)
-    if layer.bias is not None:
-        with torch.no_grad():
-            made.layer.bias.copy_(layer.bias)
     return made.train(layer.training)
 
 

@@ -7,7 +7,7 @@ as it is), each with its bytes and its error; :mod:`.budget` takes one of each.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -356,25 +356,6 @@ def check_layer(name: str, layer: nn.Module) -> None:
         raise TypeError(f"'{name}': {error}; or name it in skip") from None
     if not layer.weight.is_meta and not bool(torch.isfinite(layer.weight).all()):
         raise ValueError(f"the weight of '{name}' is not finite; train again, or name it in skip")
-
-
-@torch.no_grad()
-def called_layers(model: nn.Module, names: Iterable[str], example: Any) -> set[str]:
-    """Those of the layers that a model calls for an example."""
-    called: set[str] = set()
-
-    def see(name: str) -> None:
-        called.add(name)
-
-    handles = [model.get_submodule(name).register_forward_hook(lambda *_, name=name: see(name)) for name in names]
-    try:
-        arguments, named = call_of(example)
-        with evaluating(model):
-            model(*arguments, **named)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return called
 
 
 def layout_of(one: LayerPlan, order: Order | None) -> Layout:

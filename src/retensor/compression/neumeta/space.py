@@ -15,7 +15,7 @@ from retensor.compression.neumeta.groups import ChannelGroup, Member, channel_gr
 from retensor.compression.neumeta.smoothing import Solver, outputs_of, smooth_, total_variation
 from retensor.errors import RetensorError
 from retensor.files import brief, described
-from retensor.replacing.match import matching, suggestions
+from retensor.replacing.match import inside, matching, suggestions
 from retensor.replacing.norms import LAYERS, normalised
 from retensor.replacing.norms import fold_norms as fuse
 from retensor.replacing.replace import copied
@@ -321,7 +321,7 @@ def _generated(net: nn.Module, patterns: Sequence[Any]) -> tuple[str, ...]:
     chosen = tuple(
         name
         for name, module in net.named_modules()
-        if isinstance(module, LAYERS) and any(name == o or name.startswith(f"{o}.") or not o for o in outer)
+        if isinstance(module, LAYERS) and any(inside(name, other) for other in outer)
     )
     if not chosen:
         raise ValueError(

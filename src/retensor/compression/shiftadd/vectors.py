@@ -53,6 +53,11 @@ class Rows:
         return splat(self.builder, number, self.vector)
 
 
+def lanes_of(kind: Any, wide: bool) -> int:
+    """Numbers of a row of an array."""
+    return 8 * WIDE // int(kind.dtype.bitwidth) if wide else STEP
+
+
 def row_gatherer(wide: bool) -> Any:
     """``add(out, at, table, named, start)``: 16 rows of a table, named by number, are added to the one of ``out``."""
 
@@ -62,7 +67,7 @@ def row_gatherer(wide: bool) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
             kind, _, rows_kind, named_kind, _ = signature.args
-            lanes = 8 * WIDE // kind.dtype.bitwidth if wide else STEP
+            lanes = lanes_of(kind, wide)
             into = Rows(context, builder, kind, given[0], lanes)
             table = Rows(context, builder, rows_kind, given[2], lanes)
             named = make_array(named_kind)(context, builder, given[3]).data
@@ -88,7 +93,7 @@ def row_maker(wide: bool) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
             kind = signature.args[0]
-            lanes = 8 * WIDE // kind.dtype.bitwidth if wide else STEP
+            lanes = lanes_of(kind, wide)
             into = Rows(context, builder, kind, given[0], lanes)
             source = Rows(context, builder, signature.args[2], given[2], lanes)
             places, minus = (
@@ -112,7 +117,7 @@ def row_summer(wide: bool) -> Any:
         signature = types.void(out, types.intp, a, types.intp, b, types.intp)
 
         def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-            lanes = 8 * WIDE // signature.args[0].dtype.bitwidth if wide else STEP
+            lanes = lanes_of(signature.args[0], wide)
             into, a, b = (Rows(context, builder, signature.args[n], given[n], lanes) for n in (0, 2, 4))
             into.store(into.plus(a.load(given[3]), b.load(given[5])), given[1])
             return context.get_dummy_value()
@@ -134,7 +139,7 @@ def masked_adder(wide: bool) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
             kind = signature.args[0]
-            lanes = 8 * WIDE // kind.dtype.bitwidth if wide else STEP
+            lanes = lanes_of(kind, wide)
             into = Rows(context, builder, kind, given[0], lanes)
             table = Rows(context, builder, signature.args[2], given[2], lanes)
             packed = make_array(signature.args[3])(context, builder, given[3]).data
@@ -161,7 +166,7 @@ def masked_spreader(wide: bool) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
             kind = signature.args[0]
-            lanes = 8 * WIDE // kind.dtype.bitwidth if wide else STEP
+            lanes = lanes_of(kind, wide)
             table = Rows(context, builder, kind, given[0], lanes)
             packed = make_array(signature.args[3])(context, builder, given[3]).data
             value = Rows(context, builder, signature.args[1], given[1], lanes).load(given[2])
